@@ -1,0 +1,30 @@
+"""Data sets, files and minibatches.
+
+:func:`digits`, :func:`geyser`, :func:`photographs`
+    embedded: no file, no network.
+:func:`mnist`
+    looked for in ``$LVPPL_DATA``, then in the user's cache folder, then downloaded; verified always.
+:func:`load`
+    ``.npz``, ``.npy``, ``.csv``, or a folder of ``.png`` and ``.jpg`` images.
+:class:`Minibatches`
+    fresh random minibatches, drawn on the device.
+"""
+
+from lvppl.data.batches import Minibatches
+from lvppl.data.embedded import digits, geyser, photographs
+from lvppl.data.files import Loaded, load
+from lvppl.data.handwriting import mnist
+from lvppl.data.records import Images, Split, Table
+
+__all__ = [
+    "Images",
+    "Loaded",
+    "Minibatches",
+    "Split",
+    "Table",
+    "digits",
+    "geyser",
+    "load",
+    "mnist",
+    "photographs",
+]

@@ -1,0 +1,191 @@
+"""Enumerated sites summed out of a trace: their evidence and the expectations they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+from lvppl.errors import ProgramError
+from lvppl.evidence import dims_of, log_sum_product, marginals, named, number_of_terms, sum_out
+from lvppl.layout import Layout
+from lvppl.tracing import PARTICLES, Plate, plate_scale, plates_of
+
+__all__ = ["Enumerated", "user_scale"]
+
+
+class Enumerated:
+    """The distribution over the enumerated sites of one run, given everything that was sampled.
+
+    Its factors are the model's (then it is the exact posterior, and ``log_evidence`` the sum over
+    all values) or the guide's (then it is q, which is normalised).
+
+    Args:
+        factors: the sites whose log-probability has enumerated dimensions, with that
+            log-probability: masked, unscaled, expanded over its plates.
+        layout: the structure of the pair.
+    """
+
+    def __init__(self, factors: Mapping[str, tuple[Any, Tensor]], layout: Layout) -> None:
+        self.layout = layout
+        self.factors = dict(factors)
+        self._symbols: dict[str, str] = {}
+        packed = [self._pack(site, log_prob) for site, log_prob in self.factors.values()]
+        self._packed = packed
+        plates = {self._symbols[name] for name in self._symbols}
+        self.eliminate = {s for factor in packed for s in dims_of(factor)} - plates
+        self._check_subsampled(packed)
+        data = {plate.name for plate in layout.data_plates}
+        self._outputs = {PARTICLES} | data | set(layout.subsampled_inside)
+        self.plates = {s for name, s in self._symbols.items() if name not in self._outputs}
+
+    # ------------------------------------------------------------------------------ ln Z and E[.]
+
+    @property
+    def scale(self) -> Any:
+        """The user's own scale around all enumerated factors, which must share one."""
+        scales = [user_scale(site) for site, _ in self.factors.values()]
+        first = scales[0]
+        for (name, _), scale in zip(self.factors.items(), scales, strict=True):
+            same = scale is first or (
+                not isinstance(scale, Tensor)
+                and not isinstance(first, Tensor)
+                and math.isclose(scale, first, rel_tol=1e-9)
+            )
+            if not same:
+                raise ProgramError(
+                    f"Site '{name}' has another poutine.scale than the sites that are enumerated "
+                    "together with it, so that their sum has no common scale. Put one scale around "
+                    "the whole enumerated part of the model."
+                )
+        return first
+
+    def log_evidence(self, shape: tuple[int, int]) -> Tensor:
+        """ln of the sum over all enumerated values, (particles, data), scales applied."""
+        terms = log_sum_product(self._packed, eliminate=self.eliminate, plates=self.plates)
+        total = torch.zeros(shape, dtype=terms[0].dtype, device=terms[0].device)
+        for term in terms:
+            total = total + self._per_datum(term, shape)
+        return total * self.scale if not isinstance(self.scale, Tensor) else self._refuse_tensor()
+
+    def number_of_terms(self) -> int:
+        """Terms that the exact sum adds up over the whole batch."""
+        return number_of_terms(self._packed, self.eliminate)
+
+    def average(self, name: str, cost: Tensor) -> Tensor:
+        """E[cost] over the enumerated dimensions of a factor's site, those dimensions gone.
+
+        Args:
+            name: a factor's site.
+            cost: shaped as the factor's log-probability, possibly with event dimensions after it.
+        """
+        return self.average_over(self._marginals[name], cost)
+
+    def marginal(self, site: Any, tensor: Tensor) -> Tensor:
+        """Marginal over the enumerated dimensions of a tensor of any site, shaped as it."""
+        packed = self._pack(site, tensor)
+        (found,) = marginals(self._packed, [packed], eliminate=self.eliminate, plates=self.plates)
+        return found.reshape(tensor.shape)
+
+    def average_over(self, marginal: Tensor, cost: Tensor) -> Tensor:
+        event_dim = cost.dim() - marginal.dim()
+        marginal = marginal.reshape(marginal.shape + (1,) * event_dim)
+        # 0 x inf: what is impossible costs nothing
+        weighted = torch.where(marginal > 0, marginal * cost, torch.zeros_like(cost))
+        extra = cost.dim() - event_dim - self.width
+        return weighted.sum(list(range(extra))) if extra > 0 else weighted
+
+    @cached_property
+    def _marginals(self) -> dict[str, Tensor]:
+        found = marginals(self._packed, self._packed, eliminate=self.eliminate, plates=self.plates)
+        return {
+            name: marginal.reshape(log_prob.shape)
+            for (name, (_, log_prob)), marginal in zip(self.factors.items(), found, strict=True)
+        }
+
+    # ------------------------------------------------------------------------------------ packing
+
+    @property
+    def width(self) -> int:
+        """Batch dimensions that are plates or particles; enumerated ones lie to their left."""
+        return self.layout.nesting + (PARTICLES in self._symbols)
+
+    def _pack(self, site: Any, tensor: Tensor) -> Tensor:
+        names = {
+            dim: opt_einsum.get_symbol(1 + 2 * id_)  # odd symbols for enumerated dimensions
+            for dim, id_ in site["infer"].get("_dim_to_id", {}).items()
+        }
+        for frame in site["cond_indep_stack"]:
+            if frame.dim is not None:
+                even = opt_einsum.get_symbol(2 * len(self._symbols))
+                names[frame.dim] = self._symbols.setdefault(frame.name, even)
+        dims = [i for i in range(-tensor.dim(), 0) if tensor.shape[i] > 1]
+        unknown = [i for i in dims if i not in names]
+        if unknown:
+            raise ProgramError(
+                f"Site '{site['name']}' has log-probabilities of shape {tuple(tensor.shape)} under "
+                f"enumeration, whose dimension {unknown[0]} belongs to no plate and to no "
+                "enumerated site in scope. Index with pyro.ops.indexing.Vindex, keep leading "
+                "dimensions, and wrap chains in pyro.markov."
+            )
+        return named(tensor.squeeze(), "".join(names[i] for i in dims))
+
+    def _per_datum(self, term: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A packed term over outputs, scaled and summed to (particles, data)."""
+        keep = [PARTICLES, *(plate.name for plate in self.layout.data_plates)]
+        sizes = [shape[0], *(plate.size for plate in self.layout.data_plates)]
+        for name, ratio in self._subsample_ratios().items():
+            if self._symbols[name] in dims_of(term):
+                term = named(term * ratio, dims_of(term))
+        symbols = [self._symbols.get(name, "") for name in keep]
+        term = sum_out(term, set(dims_of(term)) - set(symbols))
+        present = [symbol for symbol in symbols if symbol and symbol in dims_of(term)]
+        term = term.permute([dims_of(term).index(symbol) for symbol in present])
+        view = [
+            size if symbol in present else 1 for symbol, size in zip(symbols, sizes, strict=True)
+        ]
+        return term.reshape(view).expand(sizes).reshape(shape)
+
+    # ------------------------------------------------------------------------------------- checks
+
+    def _subsample_ratios(self) -> dict[str, float]:
+        plates: dict[str, Plate] = {
+            plate.name: plate for site, _ in self.factors.values() for plate in plates_of(site)
+        }
+        return {
+            name: plates[name].full_size / plates[name].size
+            for name in self.layout.subsampled_inside
+            if name in plates
+        }
+
+    def _check_subsampled(self, packed: Sequence[Tensor]) -> None:
+        """A plate may be subsampled only if the enumerated variables inside it are all local."""
+        for name in self.layout.subsampled_inside:
+            symbol = self._symbols.get(name)
+            if symbol is None:
+                continue
+            inside = {s for f in packed if symbol in dims_of(f) for s in dims_of(f)}
+            outside = {s for f in packed if symbol not in dims_of(f) for s in dims_of(f)}
+            if inside & outside & self.eliminate:
+                raise ProgramError(
+                    f"Plate '{name}' is subsampled, and a site outside it is enumerated: the scale "
+                    "of the subsample would stand inside the sum over that site's values, and the "
+                    "result would be biased. Use the full data, or give that site a guide."
+                )
+
+    @staticmethod
+    def _refuse_tensor() -> Tensor:
+        raise ProgramError(
+            "A poutine.scale around enumerated sites must be a number, one for all; a tensor of "
+            "scales came. Move per-datum weights to the data plate's sites that are not enumerated."
+        )
+
+
+def user_scale(site: Any) -> Any:
+    """The user's ``poutine.scale`` around a site, the subsampling scale of its plates left out."""
+    return site["scale"] / plate_scale(site)

@@ -1,0 +1,885 @@
+r"""ln p(y) by Monte Carlo, per datum, with honest error bars.
+
+.. math:: \hat p(y) = \frac1S \sum_s w_s, \qquad w_s = \frac{p(y, z_s)}{r(z_s)}, \quad z_s \sim r,
+
+is unbiased for p(y) for every r that covers the posterior: r = p(z) is the naive estimator,
+r = q(z | y) importance sampling. The random numbers of a draw depend only on the seed, the site,
+the datum and the sample, never on how data and samples are cut into chunks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
+
+from lvppl.errors import ProgramError
+from lvppl.inference.minibatch import gather, num_rows
+from lvppl.inference.psis import khat_from_tail, khat_threshold, tail_size
+from lvppl.layout import Layout, layout_of
+from lvppl.seeding import checked_seed, derived_seed, seeded
+from lvppl.terms import Terms, trace_terms
+from lvppl.tracing import PARTICLES
+
+__all__ = ["LikelihoodEstimate", "log_likelihood"]
+
+Program = Callable[..., Any]
+
+ESTIMATORS = ("importance", "naive")
+_PROBED = 2**24  # data elements that may go through the program at once to learn its plates
+_BUDGET = {"cpu": 2**20}  # elements of observed and latent values in one pass: fits the cache
+_BUDGET_ACCELERATOR = 2**26
+_FEW = 256  # samples worth taking together: a guide's encoder runs once for all of them
+
+
+# ----------------------------------------------------------------------------------------- record
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodEstimate:
+    """ln p(y) of each datum as estimated from S draws, in nats, with its reliability.
+
+    All tensors are float64, in the order of the data, of shape (data,); (1,) where the whole data
+    set is one datum.
+    """
+
+    log_prob: Tensor
+    """ln of the mean weight. Minus infinity where every draw has weight zero."""
+    std_error: Tensor
+    """Delta-method standard error, sd(w) / (sqrt(S) mean(w)); NaN for one draw or no weight."""
+    ess: Tensor
+    """Effective number of draws, (sum w)^2 / sum w^2, between 1 and S; 0 with no weight."""
+    khat: Tensor
+    """Pareto shape of the weights' tail; see :func:`lvppl.inference.psis.psis`."""
+    num_samples: int
+    """S, draws per datum."""
+    estimator: str
+    """``"importance"`` or ``"naive"``."""
+    seed: int
+    """Gives the same numbers again."""
+    num_discrete: int = 0
+    """Observed discrete values per datum."""
+    num_continuous: int = 0
+    """Observed continuous values per datum."""
+    bin_width: float | None = None
+    """Width of the cells that continuous values were rounded to."""
+    notes: tuple[str, ...] = field(default=())
+    """What a reader of the numbers should know."""
+
+    @property
+    def num_data(self) -> int:
+        return self.log_prob.numel()
+
+    @property
+    def total(self) -> float:
+        """Sum of ln p(y) over data, nats."""
+        return float(self.log_prob.sum())
+
+    @property
+    def total_std_error(self) -> float:
+        """Monte Carlo standard error of ``total``, nats; draws are independent across data."""
+        return float(self.std_error.square().sum().sqrt())
+
+    @property
+    def mean(self) -> float:
+        """Average of ln p(y) over data, nats per datum."""
+        return self.total / self.num_data
+
+    @property
+    def mean_std_error(self) -> float:
+        """Monte Carlo standard error of ``mean``: of the estimate, not of the choice of data."""
+        return self.total_std_error / self.num_data
+
+    @property
+    def bias(self) -> Tensor:
+        """First-order bias of ``log_prob``, -std_error^2 / 2 (Jensen), shape (data,), nats."""
+        return -0.5 * self.std_error.square()
+
+    @property
+    def bits_per_dim(self) -> float:
+        """-log2 of the probability of a datum per observed value, averaged over data.
+
+        A continuous value counts with the probability p(y) * bin_width of its cell.
+
+        Raises:
+            ProgramError: y is continuous and no bin width was given: a density is not a
+                probability, and its logarithm changes with the unit of y.
+        """
+        return (-self.mean - self._log_volume) / (self._num_dims * math.log(2.0))
+
+    @property
+    def bits_per_dim_std_error(self) -> float:
+        """Monte Carlo standard error of ``bits_per_dim``."""
+        return self.mean_std_error / (self._num_dims * math.log(2.0))
+
+    @property
+    def _num_dims(self) -> int:
+        if self.num_discrete + self.num_continuous == 0:
+            raise ProgramError("bits_per_dim needs observed sites, and the model has none.")
+        return self.num_discrete + self.num_continuous
+
+    @property
+    def _log_volume(self) -> float:
+        if self.num_continuous == 0:
+            return 0.0
+        if self.bin_width is None:
+            raise ProgramError(
+                f"bits_per_dim needs probabilities, but {self.num_continuous} observed values per "
+                "datum are continuous and have densities, which depend on the unit of y. Pass "
+                "bin_width=, the width of the cells that y was rounded to (1/255 for 8-bit pixels "
+                "scaled to [0, 1]), or model y as discrete."
+            )
+        return self.num_continuous * math.log(self.bin_width)
+
+    @property
+    def khat_threshold(self) -> float:
+        """min(1 - 1 / log10 S, 0.7): above it neither estimate nor standard error is reliable."""
+        return khat_threshold(self.num_samples)
+
+    @property
+    def flagged(self) -> Tensor:
+        """Indices of the data whose k-hat is above the threshold, int64."""
+        return (self.khat > self.khat_threshold).nonzero().flatten()
+
+    def summary(self) -> str:
+        """A few lines to read."""
+        source = "prior" if self.estimator == "naive" else "guide"
+        number = self.num_data
+        lines = [
+            f"ln p(y), {self.estimator}: {number} {'datum' if number == 1 else 'data'}, "
+            + f"{self.num_samples} draws each from the {source}",
+            f"  mean per datum  {self.mean:.4f} ± {self.mean_std_error:.2g} nats",
+            f"  total           {self.total:.4f} ± {self.total_std_error:.2g} nats",
+        ]
+        if self.num_discrete + self.num_continuous > 0 and (
+            self.num_continuous == 0 or self.bin_width is not None
+        ):
+            lines.append(
+                f"  bits per dim    {self.bits_per_dim:.5f} ± {self.bits_per_dim_std_error:.2g}"
+            )
+        lines.append(
+            f"  effective draws {float(self.ess.median()):.1f} in the median, "
+            f"{float(self.ess.min()):.1f} at worst"
+        )
+        lines.append(f"  {self._reliability()}")
+        lines.append(
+            "  ln of an unbiased estimate is biased low: here by about "
+            f"{-float(self.bias.mean()):.2g} nats per datum to first order"
+        )
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+    def _reliability(self) -> str:
+        if tail_size(self.num_samples) < 5:
+            return f"k-hat cannot be fitted to {self.num_samples} draws: take at least 21"
+        flagged = self.flagged.numel()
+        text = f"k-hat above {self.khat_threshold:.2f} for {flagged} of {self.num_data} data"
+        return text + (": their values and errors are not reliable" if flagged else "")
+
+    def __repr__(self) -> str:
+        return (
+            f"LikelihoodEstimate({self.estimator}, {self.num_data} data, {self.num_samples} draws, "
+            f"mean {self.mean:.4f} ± {self.mean_std_error:.2g} nats, "
+            f"{self.flagged.numel()} flagged)"
+        )
+
+    __str__ = summary
+
+
+# ------------------------------------------------------------------------------------- the estimate
+
+
+def log_likelihood(
+    model: Program,
+    *data: Any,
+    guide: Program | None = None,
+    estimator: str = "importance",
+    num_samples: int = 1000,
+    batch_size: int | None = None,
+    sample_chunk: int | None = None,
+    seed: int | None = None,
+    bin_width: float | None = None,
+    data_plate: str | Sequence[str] | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> LikelihoodEstimate:
+    r"""Estimate ln p(y) of each datum: :math:`\ln \frac1S \sum_s p(y, z_s) / r(z_s)`, z_s ~ r.
+
+    Sites marked for enumeration are summed exactly. Programs run without gradients, sums are kept
+    in float64, and memory is bounded: data and samples are both taken in chunks, of which only
+    running sums and the largest weights are kept.
+
+    **What does not depend on chunks.** Noise is a function of (seed, site, datum, sample), so that
+    ``batch_size`` and ``sample_chunk`` change the results by rounding only, and so does the device.
+    Exceptions are draws by rejection (Poisson, binomial and von Mises latents), randomness outside
+    sample sites, and batch normalisation in training mode, which mixes data: put such modules in
+    ``eval()``. The first two stay correct and reproducible for the same chunks; ``notes`` names
+    the sites.
+
+    Args:
+        model: a Pyro program ``model(*data, **kwargs)``.
+        *data: arguments of the program. Where all latents are local, tensors with as many rows as
+            the first argument are cut into chunks of rows together, and everything else is passed
+            whole, as in minibatches. With global latents the data set is one datum, kept whole.
+        guide: q(z | y), a Pyro program of the same signature; not used by ``"naive"``.
+        estimator: ``"importance"`` (r is the guide) or ``"naive"`` (r is the prior).
+        num_samples: S, draws per datum.
+        batch_size: most rows in one pass of the programs; chosen for memory and speed by default.
+        sample_chunk: most draws per datum in one pass.
+        seed: whole number; a fresh one by default. The global generators are left untouched.
+        bin_width: width of the cells that continuous y was rounded to, for bits per dimension.
+        data_plate: names of the plates that hold the data; default every plate common to all
+            sites. With several of them the data stay whole.
+        progress: show a bar.
+        **kwargs: passed to the programs whole.
+
+    Returns:
+        A :class:`LikelihoodEstimate`.
+
+    Raises:
+        ProgramError: no samples or data, NaN or infinity in the data, an unknown estimator, no
+            guide for ``"importance"``, a program that subsamples, ``batch_size`` below the number
+            of rows where the data cannot be cut, a weight that is NaN or plus infinity (by datum).
+
+    Warns:
+        UserWarning: for ``"importance"``, which data have k-hat above min(1 - 1 / log10 S, 0.7).
+
+    Sources: Owen (2013), Monte Carlo theory, methods and examples, ch. 9 (ratio and delta-method
+    errors, effective sample size); Burda, Grosse & Salakhutdinov (2016), ICLR, section 3 (the
+    bound E ln p-hat <= ln p); Vehtari et al. (2024), JMLR 25:72 (k-hat).
+    """
+    _check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
+    rows = _check_data(data)
+    seed = checked_seed(seed)
+    proposal = guide if estimator == "importance" else None
+    job = _Job(model, proposal, data, kwargs, rows, seed, data_plate)
+    with torch.no_grad():
+        plan = _plan(job, num_samples, batch_size, sample_chunk)
+        sums = _run(job, plan, num_samples, progress)
+    discrete, continuous = plan.observed
+    if bin_width is not None and continuous == 0:
+        raise ProgramError(
+            "bin_width turns densities into probabilities, but every observed site is discrete and "
+            "has probabilities already. Leave bin_width out."
+        )
+    estimate = LikelihoodEstimate(
+        log_prob=torch.cat([part.log_prob for part in sums]),
+        std_error=torch.cat([part.std_error for part in sums]),
+        ess=torch.cat([part.ess for part in sums]),
+        khat=torch.cat([part.khat for part in sums]),
+        num_samples=num_samples,
+        estimator=estimator,
+        seed=seed,
+        num_discrete=discrete,
+        num_continuous=continuous,
+        bin_width=bin_width,
+        notes=job.notes(plan.layout),
+    )
+    if estimator == "importance":
+        _warn(estimate)
+    return estimate
+
+
+def _warn(estimate: LikelihoodEstimate) -> None:
+    if tail_size(estimate.num_samples) < 5:
+        return  # k-hat says nothing about the data then; the summary says so
+    flagged = estimate.flagged.tolist()
+    if flagged:
+        names = ", ".join(map(str, flagged[:10])) + (", ..." if len(flagged) > 10 else "")
+        warnings.warn(
+            f"k-hat is above {estimate.khat_threshold:.2f} for {len(flagged)} of "
+            f"{estimate.num_data} data ({names}): the guide misses mass of their posteriors, and "
+            "their ln p(y) and standard errors are not reliable. Take a wider guide or more "
+            "samples.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def _check_options(
+    estimator: str,
+    guide: Program | None,
+    num_samples: int,
+    batch_size: int | None,
+    sample_chunk: int | None,
+    bin_width: float | None,
+) -> None:
+    if estimator not in ESTIMATORS:
+        raise ProgramError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}.")
+    if estimator == "importance" and guide is None:
+        raise ProgramError(
+            'estimator="importance" draws z from a guide, and none was given: pass guide=, or '
+            'estimator="naive" to draw from the prior.'
+        )
+    counts = {"num_samples": num_samples, "batch_size": batch_size, "sample_chunk": sample_chunk}
+    for name, value in counts.items():
+        if value is None and name != "num_samples":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ProgramError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if bin_width is not None and not (bin_width > 0 and math.isfinite(bin_width)):
+        raise ProgramError(f"bin_width must be a positive number, got {bin_width!r}.")
+
+
+def _check_data(data: tuple[Any, ...]) -> int | None:
+    """Number of rows of the first argument, ``None`` if it is no tensor; bad data are refused."""
+    for i, x in enumerate(data):
+        if not isinstance(x, Tensor):
+            continue
+        if x.numel() == 0:
+            raise ProgramError(
+                f"The data are empty: argument {i} has shape {tuple(x.shape)}. Pass at least one "
+                "row."
+            )
+        bad = ~x.isfinite()
+        if bool(bad.any()):
+            where = bad.reshape(len(bad) if bad.dim() else 1, -1).any(-1).nonzero().flatten()
+            raise ProgramError(
+                f"Argument {i} has NaN or infinite values in {where.numel()} rows "
+                f"({_few(where.tolist())}). Remove those rows, or fill their values and mask them."
+            )
+    return num_rows(data)
+
+
+def _check_weights(log_weight: Tensor, first_datum: int) -> None:
+    bad = (log_weight.isnan() | (log_weight == math.inf)).any(0)
+    if bool(bad.any()):
+        where = (bad.nonzero().flatten() + first_datum).tolist()
+        kind = "NaN" if bool(log_weight.isnan().any()) else "infinite"
+        raise ProgramError(
+            f"Importance weights are {kind} for {len(where)} data ({_few(where)}): at a drawn z "
+            "the model has no finite density, or the guide gives density zero to its own draw. "
+            "Look at these data with lvppl.check; bound scales away from zero, and let the guide "
+            "cover the support of the prior."
+        )
+
+
+def _few(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+
+
+# ------------------------------------------------------------------------------- chunks and passes
+
+
+@dataclass
+class _Job:
+    """A (model, proposal, data) triple, run on some rows and samples at a time."""
+
+    model: Program
+    proposal: Program | None
+    data: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: int | None
+    seed: int
+    data_plate: str | Sequence[str] | None
+    unaddressed: set[str] = field(default_factory=set)
+
+    def cut(self, start: int, stop: int) -> tuple[Any, ...]:
+        """Arguments with rows start:stop of every tensor that follows the rows."""
+        if self.rows is None or (start == 0 and stop >= self.rows):
+            return self.data
+        device = self.data[0].device
+        return gather(self.data, torch.arange(start, stop, device=device), self.rows)
+
+    def run(
+        self, start: int, stop: int, *, first_sample: int = 0, particles: int = 1, plate: Any = None
+    ) -> Terms:
+        """Terms of draws numbered from ``first_sample`` for rows start:stop."""
+        draws = _AddressedDraws(self.seed, plate, start, first_sample, self.unaddressed)
+        # For randomness that no address reaches: no two passes share it.
+        other = derived_seed(self.seed, f"ln p(y), rows {start}, draws {first_sample}")
+        device = self.data[0].device if self.rows is not None else None
+        try:
+            with seeded(other, device), draws:
+                terms = trace_terms(
+                    self.model,
+                    self.proposal,
+                    self.cut(start, stop),
+                    self.kwargs,
+                    num_particles=particles,
+                    data_plate=self.data_plate,
+                )
+                terms.log_weight  # noqa: B018  evaluated here, where it may fail
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, IndexError) as error:
+            if self.rows is None or stop - start >= self.rows:
+                raise
+            raise ProgramError(
+                f"The program fails on rows {start} to {stop - 1} of {self.rows}: {error} If all "
+                "rows together run, the program fixes plate sizes or the guide keeps parameters "
+                f"for every row: write sizes as x.shape[0], or use batch_size={self.rows}."
+            ) from error
+        if self.rows is not None and stop - start < self.rows and plate is not None:
+            self._check_rows(terms, start, stop, plate)
+        return terms
+
+    def _check_rows(self, terms: Terms, start: int, stop: int, plate: str) -> None:
+        if terms.num_data != stop - start:
+            raise ProgramError(
+                f"Rows {start} to {stop - 1} gave {terms.num_data} data: plate '{plate}' does not "
+                f"follow the rows of the first argument. Use batch_size={self.rows}."
+            )
+
+    def notes(self, layout: Layout) -> tuple[str, ...]:
+        notes = []
+        if layout.loop_reason:
+            notes.append(f"particles run as a loop: {layout.loop_reason}")
+        if self.unaddressed:
+            sites = ", ".join(f"'{name}'" for name in sorted(self.unaddressed))
+            notes.append(f"draws of {sites} depend on batch_size and sample_chunk")
+        return tuple(notes)
+
+
+class _Plan(NamedTuple):
+    layout: Layout
+    plate: str | None  # the one data plate, if there is one
+    batch: int  # rows in a pass
+    chunk: int  # samples in a pass
+    observed: tuple[int, int]  # discrete and continuous values per datum
+
+
+def _plan(job: _Job, num_samples: int, batch_size: int | None, sample_chunk: int | None) -> _Plan:
+    """Learn the program's plates from one pass; choose how many rows and samples a pass takes."""
+    rows = job.rows or 1
+    probed = min(rows, batch_size or _default_probe(job))
+    terms, layout = _probe(job, probed, num_samples)
+    obstacle = _why_whole(job, layout, probed)
+    if obstacle and batch_size is None and probed < rows:
+        probed = rows
+        terms, layout = _probe(job, rows, num_samples)
+    sites = [*terms.observed.values(), *terms.latents.values()]
+    elements = max(1, sum(site.value.numel() for site in sites))
+    budget = _BUDGET.get(terms.log_weight.device.type, _BUDGET_ACCELERATOR)
+    together = min(num_samples, sample_chunk or _FEW)
+    batch = min(rows, batch_size or max(1, budget * probed // (elements * together)))
+    plate = layout.data_plates[0].name if len(layout.data_plates) == 1 else None
+    if not obstacle and batch not in (rows, probed):
+        try:
+            job.run(0, batch, plate=plate)
+        except ProgramError as error:
+            obstacle = str(error)
+    if obstacle:
+        if probed < rows or (batch_size is not None and job.rows is None):
+            raise ProgramError(f"The data cannot be cut into {probed} rows at a time: {obstacle}")
+        batch = rows
+    chunk = min(num_samples, sample_chunk or max(1, budget * probed // (elements * batch)))
+    chunk = 1 if layout.loop_reason else chunk
+    return _Plan(layout, plate, batch, chunk, _observed_sizes(terms))
+
+
+def _probe(job: _Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
+    terms = job.run(0, probed)
+    layout = layout_of(
+        job.model,
+        job.proposal,
+        job.cut(0, probed),
+        job.kwargs,
+        with_particles=num_samples > 1,
+        data_plate=job.data_plate,
+    )
+    _refuse_subsampling(layout)
+    return terms, layout
+
+
+def _default_probe(job: _Job) -> int:
+    rows = job.rows or 1
+    size = sum(x.numel() for x in job.data if isinstance(x, Tensor) and x.shape[:1] == (rows,))
+    return max(1, rows * _PROBED // max(size, _PROBED))
+
+
+def _refuse_subsampling(layout: Layout) -> None:
+    names = [plate.name for plate in layout.data_plates if plate.size != plate.full_size]
+    for name in (*names, *layout.subsampled_inside):
+        raise ProgramError(
+            f"Plate '{name}' is subsampled, and ln p(y) is about all the data it is given. Run "
+            "the program on full plates: leave subsample and subsample_size out, and pass the "
+            "rows to evaluate."
+        )
+
+
+def _why_whole(job: _Job, layout: Layout, probed: int) -> str:
+    """Why the data cannot be cut into rows; empty if they may be."""
+    if not layout.data_plates:
+        return (
+            "no plate is common to every sample site, as with global latents, so that the whole "
+            "data set is one datum and ln p(y) its joint value. Leave batch_size out."
+        )
+    if job.rows is None:
+        return "the first argument is no tensor of rows. Leave batch_size out."
+    if len(layout.data_plates) > 1:
+        names = ", ".join(f"'{plate.name}'" for plate in layout.data_plates)
+        return (
+            f"plates {names} all hold data, and rows belong to one of them. Name it with "
+            "data_plate=, or leave batch_size out."
+        )
+    plate = layout.data_plates[0]
+    if plate.size != probed:
+        return (
+            f"data plate '{plate.name}' has size {plate.size} for {probed} rows of the first "
+            "argument. Make rows its first dimension, or leave batch_size out."
+        )
+    return ""
+
+
+def _observed_sizes(terms: Terms) -> tuple[int, int]:
+    sizes = [0, 0]
+    for site in terms.observed.values():
+        sizes[not site.is_discrete] += site.value.numel() // (terms.num_particles * terms.num_data)
+    return sizes[0], sizes[1]
+
+
+def _run(job: _Job, plan: _Plan, num_samples: int, progress: bool) -> list[_WeightSums]:
+    rows = job.rows or 1
+    results = []
+    with tqdm(total=rows * num_samples, disable=not progress, unit="draw") as bar:
+        for start in range(0, rows, plan.batch):
+            stop = min(start + plan.batch, rows)
+            sums = _WeightSums(num_samples)
+            for sample in range(0, num_samples, plan.chunk):
+                particles = min(plan.chunk, num_samples - sample)
+                terms = job.run(
+                    start, stop, first_sample=sample, particles=particles, plate=plan.plate
+                )
+                _check_weights(terms.log_weight, start)
+                sums.add(terms.log_weight)
+                bar.update((stop - start) * particles)
+            results.append(sums)
+    return results
+
+
+class _WeightSums:
+    """Mean, variance and upper tail of the weights of some data, from a stream of draws."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.keep = min(tail_size(num_samples) + 1, num_samples)
+        self.count = 0
+
+    def add(self, log_weight: Tensor) -> None:
+        """Add draws, (particles, data)."""
+        self.epsilon = torch.finfo(log_weight.dtype).eps
+        new = log_weight.to(torch.float64)
+        if self.count == 0:
+            self.largest, self.smallest = new[:0], new[0]
+            self.mean = self.squares = torch.zeros_like(new[0])
+            self.reference = torch.full_like(new[0], -math.inf)
+        both = torch.cat([self.largest, new])
+        self.largest = both.topk(min(self.keep, both.shape[0]), dim=0, sorted=False).values
+        self.smallest = torch.minimum(self.smallest, new.amin(0))
+        self._add_moments(new)
+
+    def _add_moments(self, new: Tensor) -> None:
+        """Chan, Golub & LeVeque's update of mean and squared deviations, weights over exp(max)."""
+        top = torch.maximum(self.reference, new.amax(0))
+        top = top.where(top > -math.inf, torch.zeros_like(top))  # all weights zero so far
+        shrink = (self.reference - top).exp()
+        old_mean, old_squares = self.mean * shrink, self.squares * shrink.square()
+        weight = (new - top).exp()
+        mean = weight.mean(0)
+        squares = (weight - mean).square().sum(0)
+        number = new.shape[0]
+        total = self.count + number
+        gap = mean - old_mean
+        self.mean = old_mean + gap * (number / total)
+        self.squares = old_squares + squares + gap.square() * (self.count * number / total)
+        self.reference = top.where(self.mean > 0, torch.full_like(top, -math.inf))
+        self.count = total
+
+    @property
+    def log_prob(self) -> Tensor:
+        return torch.where(self.mean > 0, self.reference + self.mean.log(), -math.inf)
+
+    @property
+    def std_error(self) -> Tensor:
+        if self.count < 2:
+            return torch.full_like(self.mean, math.nan)
+        return (self.squares / (self.count - 1) / self.count).sqrt() / self.mean
+
+    @property
+    def ess(self) -> Tensor:
+        mean_square = self.squares / self.count + self.mean.square()
+        return torch.where(self.mean > 0, self.count * self.mean.square() / mean_square, 0.0)
+
+    @property
+    def khat(self) -> Tensor:
+        return khat_from_tail(self.largest, self.smallest, self.count, epsilon=self.epsilon)
+
+
+# ------------------------------------------------------------ random numbers with an address
+#
+# A generator gives the next number, so that what a datum receives depends on who came before. Here
+# every number is a hash of where it is used: the SplitMix64 stream (Steele, Lea & Flood 2014,
+# OOPSLA) whose start is a hash of (seed, site, draw in the site, datum, sample), at the position of
+# the element. It is vectorised, the same on every device, and indifferent to chunks.
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLY = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_WORD = 2**64
+
+
+def _signed(value: int) -> int:
+    value %= _WORD
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def _mix_int(value: int) -> int:
+    """SplitMix64's finaliser on 64-bit words."""
+    value = (value + _GOLDEN) % _WORD
+    value = (value ^ (value >> 30)) * _MULTIPLY[0] % _WORD
+    value = (value ^ (value >> 27)) * _MULTIPLY[1] % _WORD
+    return value ^ (value >> 31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The same on an int64 tensor, in place."""
+    for shift, multiply in zip((30, 27), _MULTIPLY, strict=True):
+        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        x *= _signed(multiply)
+    x ^= (x >> 31).bitwise_and_((1 << 33) - 1)
+    return x
+
+
+class _AddressedDraws(Messenger):
+    """Draws latent sites from noise addressed by site, datum and sample."""
+
+    def __init__(
+        self,
+        seed: int,
+        data_plate: str | None,
+        first_datum: int,
+        first_sample: int,
+        unaddressed: set[str],
+    ) -> None:
+        super().__init__()
+        self.seed = seed
+        self.data_plate = data_plate
+        self.first_datum = first_datum
+        self.first_sample = first_sample
+        self.unaddressed = unaddressed
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or msg["value"] is not None:
+            return
+        if type(msg["fn"]).__name__ == "_Subsample":
+            return
+        dims = {frame.name: frame.dim for frame in msg["cond_indep_stack"] if frame.dim is not None}
+        noise = _Noise(
+            _mix_int(_mix_int(self.seed) ^ zlib.crc32(msg["name"].encode())),
+            torch.Size(msg["fn"].batch_shape),
+            (dims.get(PARTICLES), self.first_sample),
+            (dims.get(self.data_plate), self.first_datum),
+        )
+        with _AddressedOperators(noise):
+            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["done"] = True
+        if noise.missed:
+            self.unaddressed.add(msg["name"])
+
+
+class _Noise:
+    """Noise for the draws of one site. Axes are (dimension from the right, first index)."""
+
+    def __init__(self, key: int, batch: torch.Size, sample: Any, datum: Any) -> None:
+        self.key = key
+        self.batch = batch
+        self.axes = [
+            (None if dim is None else len(batch) + dim, first) for dim, first in (sample, datum)
+        ]
+        self.draws = 0
+        self.missed = False
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the leading dimensions are the site's batch, so that its data can be told."""
+        return tuple(shape[: len(self.batch)]) == tuple(self.batch)
+
+    def words(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Independent 64-bit words, int64, of the next draw of this site."""
+        self.draws += 1
+        keys = torch.full((1,) * len(shape), _signed(_mix_int(self.key ^ self.draws)))
+        keys = keys.to(device)
+        rest = list(shape)
+        for axis, first in self.axes:
+            if axis is None:
+                keys = _mix(keys + _signed(first * _GOLDEN))
+                continue
+            size, rest[axis] = rest[axis], 1
+            index = torch.arange(first, first + size, device=device) * _signed(_GOLDEN)
+            keys = _mix(keys + index.reshape(-1, *(1,) * (len(shape) - axis - 1)))
+        position = torch.arange(1, math.prod(rest) + 1, device=device) * _signed(_GOLDEN)
+        return _mix(keys + position.reshape(rest))
+
+    def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Float64 uniform on the open interval (0, 1)."""
+        words = (self.words(shape, device) >> 12).bitwise_and_((1 << 52) - 1)
+        return words.to(torch.float64).add_(0.5).mul_(2.0**-52)
+
+    def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Float64 standard normal."""
+        symmetric = (self.words(shape, device) >> 11).to(torch.float64).add_(0.5).mul_(2.0**-52)
+        return symmetric.erfinv_().mul_(math.sqrt(2.0))
+
+    def log_gamma(self, shape_parameter: Tensor) -> Tensor:
+        """ln of standard gamma draws (Marsaglia & Tsang 2000, ACM TOMS 26), float64.
+
+        Rejections are redrawn under the next address, so that rounds of others change nothing.
+        """
+        alpha = shape_parameter.to(torch.float64)
+        where = alpha.shape, alpha.device
+        small = alpha < 1
+        boost = torch.where(small, self.uniform(*where).log() / alpha, 0.0)
+        d = torch.where(small, alpha + 1, alpha) - 1 / 3
+        result = torch.full_like(alpha, math.nan)
+        first = self.draws
+        while bool(result.isnan().any()):
+            z, u = self.normal(*where), self.uniform(*where)
+            root = 1 + z / (9 * d).sqrt()
+            log_v = 3 * root.log()
+            accept = (root > 0) & (u.log() < 0.5 * z * z + d - d * root**3 + d * log_v)
+            result = torch.where(result.isnan() & accept, d.log() + log_v, result)
+            if self.draws - first > 2000:  # NaN or infinite concentrations never accept
+                break
+        self.draws = first + 4096  # what follows does not depend on the number of rounds
+        return result + boost
+
+
+def _narrow(value: Tensor, like: Tensor) -> Tensor:
+    """A uniform in the dtype wanted, kept below one."""
+    return value.to(like.dtype).clamp_(max=1 - torch.finfo(like.dtype).eps / 2)
+
+
+class _AddressedOperators(TorchDispatchMode):
+    """Replaces torch's random operators by addressed noise where shapes allow."""
+
+    def __init__(self, noise: _Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        draw = _OPERATORS.get(func.overloadpacket)
+        result = draw(self.noise, func, args, kwargs) if draw is not None else None
+        if result is None:
+            self.noise.missed = True
+            return func(*args, **kwargs)
+        return result
+
+
+def _in_place(
+    transform: Callable[..., Tensor],
+) -> Callable[[_Noise, Any, tuple[Any, ...], dict[str, Any]], Tensor | None]:
+    """normal_(mean, std) and its like: the operator's first argument is the output."""
+
+    def draw(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        out = args[0]
+        if not noise.fits(out.shape) or not out.is_floating_point():
+            return None
+        names = [argument.name for argument in func._schema.arguments[1:3]]
+        defaults = [argument.default_value for argument in func._schema.arguments[1:3]]
+        given = dict(zip(names, defaults, strict=True)) | dict(zip(names, args[1:], strict=False))
+        given |= {name: kwargs[name] for name in names if name in kwargs}
+        options = [given[name] for name in names if name != "generator"]
+        return out.copy_(transform(noise, out, *options))
+
+    return draw
+
+
+def _fresh(kind: str) -> Callable[..., Tensor | None]:
+    """rand(shape), randn_like(tensor): the output is made by calling the operator."""
+
+    def draw(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        shape = args[0].shape if isinstance(args[0], Tensor) else args[0]
+        if not noise.fits(shape):
+            return None
+        like = func(*args, **kwargs)  # for its dtype, device and layout
+        value = getattr(noise, kind)(like.shape, like.device)
+        return like.copy_(_narrow(value, like) if kind == "uniform" else value)
+
+    return draw
+
+
+def _normal(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """normal(mean, std) with at least one tensor."""
+    tensors = [x for x in args[:2] if isinstance(x, Tensor)]
+    if not tensors or len(args) < 2:
+        return None
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    if not noise.fits(shape):
+        return None
+    return args[0] + args[1] * noise.normal(shape, tensors[0].device).to(tensors[0].dtype)
+
+
+def _bernoulli(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    out = args[0]
+    if not noise.fits(out.shape):
+        return None
+    probability = args[1] if len(args) > 1 and args[1] is not None else out
+    return (noise.uniform(out.shape, out.device) < probability).to(out.dtype)
+
+
+def _multinomial(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Rows are the site's batch, flattened: draws by inverting the cumulative sum."""
+    weights, number = args[0].to(torch.float64), args[1]
+    replacement = args[2] if len(args) > 2 else kwargs.get("replacement", False)
+    rows = weights.shape[0] if weights.dim() == 2 else 1
+    if rows != noise.batch.numel() or (number > 1 and not replacement):
+        return None
+    cumulative = weights.reshape(rows, -1).cumsum(-1)
+    u = noise.uniform((*noise.batch, number), weights.device).reshape(rows, number)
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    return index.clamp_(max=cumulative.shape[-1] - 1).reshape(*weights.shape[:-1], number)
+
+
+def _gamma(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    alpha = args[0]
+    return noise.log_gamma(alpha).exp().to(alpha.dtype) if noise.fits(alpha.shape) else None
+
+
+def _dirichlet(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    alpha = args[0]
+    return noise.log_gamma(alpha).softmax(-1).to(alpha.dtype) if noise.fits(alpha.shape) else None
+
+
+def _uniform_between(noise: _Noise, out: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * _narrow(noise.uniform(out.shape, out.device), out)
+
+
+_aten = torch.ops.aten
+_OPERATORS: dict[Any, Callable[..., Tensor | None]] = {
+    _aten.normal_: _in_place(
+        lambda n, out, mean, std: mean + std * n.normal(out.shape, out.device)
+    ),
+    _aten.uniform_: _in_place(_uniform_between),
+    _aten.exponential_: _in_place(
+        lambda n, out, rate: -n.uniform(out.shape, out.device).log() / rate
+    ),
+    _aten.cauchy_: _in_place(
+        lambda n, out, median, sigma: (
+            median + sigma * (math.pi * (n.uniform(out.shape, out.device) - 0.5)).tan()
+        )
+    ),
+    _aten.normal: _normal,
+    _aten.randn: _fresh("normal"),
+    _aten.randn_like: _fresh("normal"),
+    _aten.rand: _fresh("uniform"),
+    _aten.rand_like: _fresh("uniform"),
+    _aten.bernoulli: _bernoulli,
+    _aten.multinomial: _multinomial,
+    _aten._standard_gamma: _gamma,
+    _aten._sample_dirichlet: _dirichlet,
+}

@@ -1,0 +1,437 @@
+"""Stochastic variational inference: the front door."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from lvppl.checks import check
+from lvppl.errors import ProgramError
+from lvppl.inference.fit import Fit, History, moved, versions
+from lvppl.inference.minibatch import data_plates_of, gather, num_rows, scaled_minibatch
+from lvppl.inference.optimizers import OptimizerLike, SchedulerLike, make_mover
+from lvppl.inference.state import FitState, modules_of
+from lvppl.inference.training import Plan, Stop, Training, loss_of
+from lvppl.objectives import ELBO
+from lvppl.seeding import RandomStream, checked_seed, derived_seed, seeded
+
+__all__ = ["SVI"]
+
+Program = Callable[..., Any]
+_STEPS_BETWEEN_EVALUATIONS = 50
+
+
+class SVI:
+    """Fit a guide q(z | y), and the parameters of a model p(z, y), by stochastic gradients.
+
+    Minimises an objective, the negative ELBO unless said otherwise:
+
+        −ELBO = KL(q(z | y), p(z)) − E_q ln p(y | z)        nats, summed over the data
+
+    ::
+
+        fit = lvppl.SVI(model, guide, learning_rate=1e-3).fit(y, num_epochs=50, batch_size=128)
+
+    :param model, guide: Pyro programs of the same signature.
+    :param objective: an objective of lvppl, a Pyro loss with ``differentiable_loss``, or a callable
+        ``(model, guide, *args, **kwargs)`` that returns a 0-dim tensor. Default ``lvppl.ELBO()``.
+    :param optimizer: a ``torch.optim`` class, a ``functools.partial`` of one, any callable from
+        parameters to a torch optimiser, or a Pyro optimizer. Default ``torch.optim.Adam``.
+    :param learning_rate: passed to the optimiser as ``lr``. Default its own; 1e-3 for the default
+        optimiser.
+    :param scheduler: a callable from a torch optimiser to a learning-rate scheduler, such as
+        ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100)``. A plateau scheduler gets
+        the last negative validation ELBO, or the last loss.
+    :param scheduler_interval: step the scheduler each ``"epoch"`` or each ``"step"``. The scheduler
+        of a Pyro optimizer goes by epochs.
+    :param clip_norm: largest Euclidean norm of the gradient of all parameters together.
+
+    Source: Hoffman, Blei, Wang and Paisley 2013 (JMLR 14); Kingma and Welling 2014, section 2.3.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        objective: Any = None,
+        optimizer: OptimizerLike | None = None,
+        learning_rate: float | None = None,
+        scheduler: SchedulerLike | None = None,
+        scheduler_interval: str = "epoch",
+        clip_norm: float | None = None,
+    ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program) or isinstance(program, type):
+                raise ProgramError(f"{name} must be a Pyro program (a callable), not {program!r}")
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ProgramError(f"clip_norm must be positive and finite, but is {clip_norm!r}")
+        self.model = model
+        self.guide = guide
+        self.objective = ELBO() if objective is None else _checked_objective(objective)
+        self.clip_norm = clip_norm
+        self._mover = lambda: make_mover(optimizer, learning_rate, scheduler, scheduler_interval)
+        self._mover()  # refuse a wrong optimiser here rather than in fit
+
+    def fit(
+        self,
+        *data: Any,
+        num_epochs: int | None = None,
+        num_steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        device: str | torch.device = "auto",
+        validation: Any = None,
+        tolerance: float | None = None,
+        patience: int = 10,
+        evaluate_every: int | None = None,
+        callbacks: Sequence[Callable[[Fit], Any]] = (),
+        transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        progress: bool = True,
+        strict: bool = True,
+        resume: Fit | None = None,
+        **kwargs: Any,
+    ) -> Fit:
+        """Train, and return the record of it.
+
+        With ``batch_size``, each epoch goes once through the rows in a random order. Every tensor
+        among ``data`` (also inside tuples, lists and dictionaries) whose first dimension is that of
+        the first argument is gathered; anything else, and ``kwargs``, is passed whole. The plates
+        that follow the rows are found by running the program, and their sites are scaled by
+        rows / batch so that a model with global latents stays unbiased.
+
+        A fit starts from the values that modules had before any fit (or that were set since), and
+        leaves its parameters in them; :class:`Fit` keeps copies.
+
+        :param data: positional arguments of model and guide; the first gives the number of rows.
+        :param num_epochs, num_steps: how long, in all (steps of a resumed fit count); whichever
+            comes first. At least one is needed.
+        :param batch_size: rows of a minibatch. None, or all rows: no minibatches.
+        :param seed: the same seed gives the same run; None draws one, kept in ``Fit.seed``.
+        :param device: ``"auto"`` is where the modules of the program are, else where the data are;
+            a device given by name also receives the modules, and tensors that the program makes.
+        :param validation: held-out data, a tensor or a tuple like ``data``. The fit then returns
+            the parameters of the best validation ELBO.
+        :param tolerance: stop when the mean ELBO (on validation data, if given) of the last
+            ``patience`` evaluations is less than this above the mean of the ``patience`` before, in
+            nats per row. Evaluations share their random numbers, so differences have little noise.
+        :param evaluate_every: epochs between evaluations; default about 50 steps.
+        :param callbacks: each is called with the fit in progress after each epoch, outside its
+            parameters and random numbers. ``StopIteration`` ends the fit.
+        :param transform: a function from the tuple of a minibatch's arguments to another, on the
+            device, for training and validation alike (dynamic binarisation).
+        :param progress: show a progress bar, or a line now and then where there is no terminal.
+        :param strict: refuse NaN in the data, and sites that only one of model and guide has.
+        :param resume: go on from this fit. On a CPU the result is that of an uninterrupted run.
+        :raises ProgramError: before the first step, where program, data or options do not fit.
+        """
+        if resume is not None:
+            seed, batch_size = _resumed_settings(resume, seed, batch_size)
+        seed = checked_seed(seed)
+        where, given = self._device(device, data)
+        data, kwargs = moved(data, where), moved(kwargs, where)
+        held_out = None if validation is None else moved(_as_tuple(validation), where)
+        _check_counts(
+            num_epochs=num_epochs,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            patience=patience,
+            evaluate_every=evaluate_every,
+        )
+        batch_size = _check_data(data, batch_size, held_out, strict)
+        state = FitState(where if given else None)
+        try:
+            plates, own = self._prepare(
+                state, data, kwargs, batch_size, seed, where, strict, transform
+            )
+            plan = Plan(
+                model=self.model,
+                guide=self.guide,
+                objective=self.objective,
+                args=data,
+                kwargs=kwargs,
+                data_plates=plates,
+                batch_size=batch_size,
+                max_steps=_max_steps(num_epochs, num_steps, num_rows(data), batch_size),
+                max_epochs=num_epochs,
+                clip_norm=self.clip_norm,
+                validation=held_out,
+                evaluate_every=1,
+                tolerance=tolerance,
+                patience=patience,
+                transform=transform,
+                device=where,
+                seed=seed,
+                callbacks=tuple(callbacks),
+                progress=progress,
+            )
+            plan.evaluate_every = evaluate_every or -(
+                -_STEPS_BETWEEN_EVALUATIONS // plan.batches_per_epoch
+            )
+            training = Training(plan, state, self._mover(), RandomStream(seed, where))
+            if resume is not None:
+                training.resume(resume.checkpoint())
+            return self._run(training, own)
+        finally:
+            state.finish()
+
+    def _run(self, training: Training, own: tuple[str, ...]) -> Fit:
+        def in_progress() -> Fit:
+            running = Stop("running", "the fit is in progress")
+            return self._record(training, running, own, training.checkpoint)
+
+        stop = training.run(in_progress)
+        checkpoint = training.checkpoint()
+        last = training.evaluations[-1].step if training.evaluations else 0
+        if stop.status in ("max_steps", "converged") and last != training.position.step:
+            training.evaluate()
+        training.state.finish(training.best)
+        return self._record(training, stop, own, lambda: checkpoint)
+
+    def _record(
+        self,
+        training: Training,
+        stop: Stop,
+        own: tuple[str, ...],
+        checkpoint: Callable[[], dict[str, Any]],
+    ) -> Fit:
+        plan, position = training.plan, training.position
+        return Fit(
+            model=self.model,
+            guide=self.guide,
+            objective=self.objective,
+            status=stop.status,
+            reason=stop.reason,
+            seed=plan.seed,
+            num_steps=position.step,
+            num_epochs=position.epoch,
+            history=History(training.losses[: position.step], training.evaluations),
+            versions=versions(),
+            settings={
+                "batch_size": plan.batch_size,
+                "data_plates": list(plan.data_plates),
+                "num_rows": plan.rows,
+                "clip_norm": plan.clip_norm,
+                "evaluate_every": plan.evaluate_every,
+                "tolerance": plan.tolerance,
+                "patience": plan.patience,
+                "device": str(plan.device),
+                "learning_rate": training.mover.learning_rate(),
+            },
+            state=training.state,
+            prototype=(_prototype(plan), plan.kwargs),
+            own_params=own,
+            checkpoint=checkpoint,
+        )
+
+    # -------------------------------------------------------------------------- before the steps
+
+    def _device(self, device: str | torch.device, data: tuple[Any, ...]) -> tuple[Any, bool]:
+        """The device of the fit, and whether the user named it."""
+        modules = modules_of(self.model, self.guide)
+        if device != "auto":
+            where = _named_device(device)
+            for module in modules:
+                module.to(where)
+            return where, True
+        tensors = [t for m in modules for t in m.parameters()] + list(_tensors(data))
+        return (tensors[0].device if tensors else torch.tensor(0.0).device), False
+
+    def _prepare(
+        self,
+        state: FitState,
+        data: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int | None,
+        seed: int,
+        device: torch.device,
+        strict: bool,
+        transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None,
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Make every parameter, check the program, and find the data plates.
+
+        It draws from a stream of its own: whether parameters are made here or exist from an
+        earlier fit, the steps see the same random numbers.
+        """
+        rows, batch = num_rows(data), data
+        modules = modules_of(self.model, self.guide)
+        state.add_modules(modules)
+        with state.active(), seeded(derived_seed(seed, "prepare"), device):
+            plates: tuple[str, ...] = ()
+            with _explained(data, modules), state.discovering(), state.buffers_preserved():
+                if batch_size is not None:
+                    # First, because an autoguide takes its shapes from the batch that it sees first.
+                    plates = data_plates_of(
+                        self.model,
+                        self.guide,
+                        data,
+                        kwargs,
+                        batch_size=batch_size,
+                        transform=transform,
+                    )
+                    index = torch.arange(batch_size, device=data[0].device)
+                    batch = gather(data, index, rows or batch_size)
+                batch = batch if transform is None else tuple(transform(batch))
+                first_run(self.model, self.guide, batch, kwargs)
+            with state.buffers_preserved(), _explained(data, modules):
+                check(self.model, self.guide, *batch, strict=strict, **kwargs)
+                programs = set(state.tensors())
+                with scaled_minibatch(plates, rows or 1):
+                    loss_of(self.objective, self.model, self.guide, batch, kwargs)
+            state.claim()
+            return plates, tuple(name for name in state.tensors() if name not in programs)
+
+
+def first_run(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Run guide and model once, so that every parameter exists."""
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def _checked_objective(objective: Any) -> Any:
+    if isinstance(objective, type) or not (
+        hasattr(objective, "differentiable_loss") or callable(objective)
+    ):
+        raise ProgramError(
+            "objective must be an objective such as lvppl.ELBO(), a Pyro loss with "
+            f"differentiable_loss, or a callable, but is {objective!r}"
+        )
+    return objective
+
+
+def _resumed_settings(fit: Fit, seed: int | None, batch_size: int | None) -> tuple[int, int | None]:
+    if seed is not None and seed != fit.seed:
+        raise ProgramError(f"the fit to be resumed has seed {fit.seed}, not {seed}: leave seed out")
+    before = fit.settings["batch_size"]
+    if batch_size is not None and before is not None and batch_size != before:
+        raise ProgramError(
+            f"the fit to be resumed has batch_size={before}, not {batch_size}: leave it out"
+        )
+    return fit.seed, before
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise ProgramError(f"{name} must be an integer, but is {count!r}")
+        if count is not None and count < 1:
+            raise ProgramError(f"{name} must be at least 1, but is {count}")
+
+
+def _max_steps(
+    num_epochs: int | None, num_steps: int | None, rows: int | None, batch_size: int | None
+) -> int:
+    if num_epochs is None and num_steps is None:
+        raise ProgramError("say how long to train: fit(..., num_epochs=...) or num_steps=...")
+    per_epoch = 1 if batch_size is None else -(-(rows or 1) // batch_size)
+    by_epochs = math.inf if num_epochs is None else num_epochs * per_epoch
+    return int(min(by_epochs, math.inf if num_steps is None else num_steps))
+
+
+def _as_tuple(validation: Any) -> tuple[Any, ...]:
+    return tuple(validation) if isinstance(validation, (tuple, list)) else (validation,)
+
+
+def _named_device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ProgramError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); "
+            'use "auto" or "cpu"'
+        ) from error
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if type(value) is dict:
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return []
+
+
+def _check_data(
+    data: tuple[Any, ...], batch_size: int | None, validation: tuple[Any, ...] | None, strict: bool
+) -> int | None:
+    """Refuse data that cannot be right; the batch size that is needed, None for all rows."""
+    rows = num_rows(data)
+    for what, args in (("data", data), ("validation", validation or ())):
+        for place, value in enumerate(args):
+            for tensor in _tensors(value):
+                _check_tensor(f"{what} argument {place}", tensor, strict)
+    if validation is not None and len(validation) != len(data):
+        raise ProgramError(
+            f"validation has {len(validation)} arguments but the training data have {len(data)}; "
+            "give a tuple of as many"
+        )
+    if batch_size is None:
+        return None
+    if rows is None:
+        came = "nothing" if not data else f"a {type(data[0]).__name__}"
+        raise ProgramError(
+            f"batch_size={batch_size} needs a tensor of rows as the first argument, but got "
+            f"{came}. Convert arrays with torch.as_tensor(...), or leave batch_size out."
+        )
+    return batch_size if batch_size < rows else None
+
+
+def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
+    if tensor.dim() > 0 and tensor.shape[0] == 0:
+        raise ProgramError(f"{name} has no rows: its shape is {tuple(tensor.shape)}")
+    if strict and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
+        raise ProgramError(
+            f"{name} has {float(tensor[tuple(where)])} at index {where}. Fill or mask missing "
+            "values before the fit, or pass strict=False where the program handles them."
+        )
+
+
+@contextmanager
+def _explained(data: tuple[Any, ...], modules: list[nn.Module]) -> Any:
+    """Say what differs where a program fails because tensors do not go together."""
+    try:
+        yield
+    except RuntimeError as error:
+        floats = {str(t.dtype) for t in _tensors(data) if t.is_floating_point()}
+        own = [t for module in modules for t in module.parameters() if t.is_floating_point()]
+        kinds = {str(tensor.dtype) for tensor in own}
+        if floats and kinds and floats != kinds:
+            raise ProgramError(
+                f"the data are {', '.join(sorted(floats))} but the modules of the program are "
+                f"{', '.join(sorted(kinds))}: {error}. Convert one, with data.float() or "
+                "module.double()."
+            ) from error
+        places = {str(t.device) for t in [*_tensors(data), *own]}
+        if len(places) > 1:
+            raise ProgramError(
+                f"tensors are on different devices, {', '.join(sorted(places))}: {error}. Name one "
+                "in fit(..., device=...)."
+            ) from error
+        raise
+
+
+def _prototype(plan: Plan) -> tuple[Any, ...]:
+    """Rows enough to run the program again: few if it takes any number, else all."""
+    if plan.batch_size is None or plan.rows is None:
+        return plan.args
+    few = torch.arange(min(2, plan.rows), device=plan.device)
+    args = gather(plan.args, few, plan.rows)
+    return args

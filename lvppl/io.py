@@ -1,0 +1,205 @@
+"""Fits on disk.
+
+``folder/fit.pt`` is the fit: detached unconstrained parameters and buffers by name, the states of
+optimiser, scheduler and random generators, and plain Python values, so that it loads with
+``weights_only=True``. ``fit.json`` and ``history.npz`` beside it repeat what a person wants to
+read. Constraints are not written: they are in the program, which is run once when a fit is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from lvppl.errors import ProgramError
+from lvppl.inference.fit import Fit, History, moved
+from lvppl.inference.state import FitState, modules_of, require_same
+from lvppl.inference.svi import first_run
+from lvppl.inference.training import Evaluation
+from lvppl.objectives import ELBO
+from lvppl.seeding import seeded
+
+__all__ = ["load", "save"]
+
+_FORMAT = "lvppl fit"
+_VERSION = 1
+_RECORD = ("status", "reason", "seed", "num_steps", "num_epochs", "versions", "settings")
+
+
+def save(fit: Fit, folder: str | PathLike[str]) -> None:
+    """Write ``fit`` into ``folder``, which is made if needed; other files there are left alone.
+
+    Each file is written beside its place and moved into it at once, ``fit.pt`` last, so that an
+    interruption leaves the fit of before. The first rows of the data are written too (all of them
+    for a fit without minibatches): the program is run on them when the fit is loaded.
+
+    :raises ProgramError: if the arguments of the program are neither tensors nor plain values.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params, buffers = fit.state.values()
+    record = {name: getattr(fit, name) for name in _RECORD}
+    args, kwargs = fit.prototype if fit.prototype is not None else ((), {})
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        **record,
+        "params": params,
+        "buffers": buffers,
+        "own_params": list(fit.own_params),
+        "args": [_plain(value, f"data argument {i}") for i, value in enumerate(args)],
+        "kwargs": {name: _plain(value, f"argument {name!r}") for name, value in kwargs.items()},
+        "checkpoint": fit.checkpoint(),
+        "losses": torch.from_numpy(fit.history["loss"]),
+        "evaluations": _rows(fit.history),
+    }
+    shapes = {name: list(value.shape) for name, value in params.items()}
+    readable = {**record, "objective": type(fit.objective).__name__, "parameters": shapes}
+    arrays: dict[str, Any] = dict(fit.history)
+    _replace(folder / "history.npz", lambda file: np.savez(file, **arrays))
+    text = json.dumps(readable, indent=2) + "\n"
+    _replace(folder / "fit.json", lambda file: file.write(text.encode()))
+    _replace(folder / "fit.pt", lambda file: torch.save(content, file))
+
+
+def load(
+    folder: str | PathLike[str],
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *,
+    objective: Any = None,
+    device: str | torch.device | None = None,
+) -> Fit:
+    """Read a fit that :func:`save` wrote, for the model and the guide that it is a fit of.
+
+    The parameters are put into the modules of the program, and ``SVI.fit(..., resume=fit)`` goes
+    on from it.
+
+    :param objective: what ``fit.report`` uses; default ``lvppl.ELBO()``.
+    :param device: where the tensors go; default where they were.
+    :raises ProgramError: if there is no such file, if it is truncated or not one of lvppl's, or if
+        the program makes other parameters: which, and how they differ.
+    """
+    content = _read(Path(folder) / "fit.pt", device)
+    where = None if device is None else torch.device(device)
+    modules = modules_of(model, guide)
+    for module in modules:
+        if where is not None:
+            module.to(where)
+    state = FitState(where)
+    state.add_modules(modules)
+    args, kwargs = tuple(_restored(content["args"])), _restored(content["kwargs"])
+    own = tuple(content["own_params"])
+    params = content["params"]
+    with state.active(), seeded(0), state.discovering(), state.buffers_preserved():
+        try:
+            first_run(model, guide, moved(args, where), moved(kwargs, where))
+        except Exception as error:
+            raise ProgramError(
+                f"the program does not run on the first rows of the data in {folder}: {error}. "
+                "Use the model and the guide of the fit."
+            ) from error
+        for name in own:
+            pyro.get_param_store().setdefault(name, params[name].clone())
+    require_same("parameter", state.tensors(), params)
+    require_same("buffer", state.buffers(), content["buffers"])
+    state.finish((params, content["buffers"]))
+    checkpoint = content["checkpoint"]
+    return Fit(
+        model=model,
+        guide=guide,
+        objective=ELBO() if objective is None else objective,
+        history=History(
+            content["losses"], [Evaluation(**entry) for entry in content["evaluations"]]
+        ),
+        state=state,
+        prototype=(args, kwargs),
+        own_params=own,
+        checkpoint=lambda: checkpoint,
+        **{name: content[name] for name in _RECORD},
+    )
+
+
+def _read(path: Path, device: str | torch.device | None) -> dict[str, Any]:
+    if not path.is_file():
+        raise ProgramError(f"there is no fit in {path.parent}: {path.name} is missing")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, BadZipFile, ValueError, OSError) as e:
+        raise ProgramError(
+            f"{path} is truncated or was not written by lvppl ({str(e).splitlines()[0][:200]}). "
+            "Save the fit again."
+        ) from e
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ProgramError(f"{path} was not written by lvppl.save")
+    if content["version"] != _VERSION:
+        raise ProgramError(
+            f"{path} has format version {content['version']}, but this lvppl reads version "
+            f"{_VERSION}; it was written by lvppl {content['versions'].get('lvppl')}"
+        )
+    return content
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file beside ``path`` and move it there, so that no reader sees half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _rows(history: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The evaluations of a history, one dictionary of plain numbers each."""
+    names = Evaluation.__dataclass_fields__
+    count = len(history["step"]) if "step" in history else 0
+    return [
+        {name: history[name][i].item() if name in history else None for name in names}
+        for i in range(count)
+    ]
+
+
+def _plain(value: Any, name: str) -> Any:
+    """``value`` as tensors and plain Python values."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size)):
+        return value
+    if isinstance(value, np.ndarray):
+        return {"numpy": torch.from_numpy(value.copy())}
+    if type(value) in (tuple, list):
+        return type(value)(_plain(item, name) for item in value)
+    if type(value) is dict:
+        return {"dict": {key: _plain(item, name) for key, item in value.items()}}
+    raise ProgramError(
+        f"{name} is a {type(value).__name__}, which cannot be saved safely. Give the program "
+        "tensors and plain values, and bind the rest with functools.partial."
+    )
+
+
+def _restored(value: Any) -> Any:
+    if type(value) is dict and set(value) == {"numpy"}:
+        return value["numpy"].numpy()
+    if type(value) is dict:
+        inner = value["dict"] if set(value) == {"dict"} else value
+        return {key: _restored(item) for key, item in inner.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_restored(item) for item in value)
+    return value

@@ -1,0 +1,166 @@
+"""Running a model and its guide, and reading their traces. The only tracing of such a pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+__all__ = [
+    "PARTICLES",
+    "Plate",
+    "is_enumerated",
+    "is_point",
+    "kind_of",
+    "plate_scale",
+    "plates_of",
+    "sample_sites",
+    "subsampled_plates",
+    "trace_pair",
+    "undisturbed",
+]
+
+PARTICLES = "_particles"
+"""Name of the outermost plate that holds the particles."""
+
+Program = Callable[..., Any]
+Message = Mapping[str, Any]
+
+
+class Plate(NamedTuple):
+    """One vectorised plate: its dimension, the size of this batch and of the whole."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+def sample_sites(trace: poutine.Trace) -> list[Any]:
+    """The sample sites of ``trace`` that carry probability.
+
+    Subsample indices and ``pyro.deterministic`` records are sample messages too, and are left out.
+    """
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return [
+        site
+        for site in nodes.values()
+        if site["type"] == "sample"
+        and type(site["fn"]).__name__ != "_Subsample"
+        and not site["infer"].get("_deterministic", False)
+    ]
+
+
+def plates_of(site: Message) -> list[Plate]:
+    """Vectorised plates around ``site``, left to right, without the particle plate."""
+    plates = []
+    for frame in site["cond_indep_stack"]:
+        if frame.dim is not None and frame.name != PARTICLES:
+            size = frame.size if frame.size >= 0 else site["fn"].batch_shape[frame.dim]
+            full = frame.full_size if frame.full_size and frame.full_size >= 0 else size
+            plates.append(Plate(frame.name, frame.dim, int(size), int(full)))
+    return sorted(plates, key=lambda plate: plate.dim)
+
+
+def plate_scale(site: Message) -> float:
+    """Product of full_size / size over every plate around ``site``, sequential ones included."""
+    ratios = [
+        frame.full_size / frame.size
+        for frame in site["cond_indep_stack"]
+        if frame.name != PARTICLES and frame.full_size and frame.size > 0
+    ]
+    return math.prod(ratios)
+
+
+def is_enumerated(site: Message) -> bool:
+    return not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+
+
+def trace_pair(
+    model: Program,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    nesting: int = 0,
+    num_particles: int | None = None,
+    enumerate_sites: bool = False,
+    around_guide: AbstractContextManager[Any] | None = None,
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run the guide and replay the model against it: ``(model_trace, guide_trace)``.
+
+    Args:
+        nesting: plate dimensions in use; enumerated and particle dimensions lie to their left.
+        num_particles: size of the outermost plate; ``None`` for no such plate.
+        enumerate_sites: enumerate the sites marked for it.
+        around_guide: a handler to hold while the guide runs.
+    """
+
+    def wrap(program: Program, first_enum_dim: int | None) -> Program:
+        if num_particles is not None:
+            program = pyro.plate(PARTICLES, num_particles, dim=-1 - nesting)(program)
+        if enumerate_sites:
+            program = EnumMessenger(first_enum_dim)(program)
+        return program
+
+    first_enum_dim = -1 - nesting - (num_particles is not None)
+    if guide is None:
+        model_trace = poutine.trace(wrap(model, first_enum_dim)).get_trace(*args, **kwargs)
+        return model_trace, poutine.Trace()
+    with around_guide or nullcontext():
+        guide_trace = poutine.trace(wrap(guide, first_enum_dim)).get_trace(*args, **kwargs)
+    replayed = poutine.replay(wrap(model, None), trace=guide_trace)
+    return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run programs without moving the random generators or any module's buffers."""
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def remember(module: torch.nn.Module, _inputs: Any) -> None:
+        for buffer in module.buffers(recurse=False):
+            buffers.setdefault(id(buffer), (buffer, buffer.detach().clone()))
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    handle = register_module_forward_pre_hook(remember)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, value in buffers.values():
+                buffer.copy_(value)
+
+
+def subsampled_plates(sites: Iterable[Message]) -> set[str]:
+    return {
+        frame.name
+        for site in sites
+        for frame in site["cond_indep_stack"]
+        if frame.full_size and 0 < frame.size != frame.full_size and frame.name != PARTICLES
+    }
+
+
+def kind_of(fn: Any) -> str:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def is_point(site: Message) -> bool:
+    """Whether a guide site is a point (Delta), possibly with event dimensions or a mask."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)

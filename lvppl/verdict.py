@@ -1,0 +1,157 @@
+"""Can ln P(y) be computed exactly, at what cost, or how is it to be estimated?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import MultivariateNormal, Normal
+from pyro.infer import config_enumerate
+from torch import Tensor
+
+from lvppl.enumerated import Enumerated
+from lvppl.layout import layout_of
+from lvppl.tracing import sample_sites, trace_pair
+
+__all__ = ["Verdict", "verdict_on_evidence"]
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of P(y), the marginal of the observed sites.
+
+    Attributes:
+        kind: "exact" (a finite sum, or linear-Gaussian), "estimated" or "not computable".
+        sentence: how, at what cost, or why not.
+        num_terms: terms of the exact sum over the whole data set after elimination, else ``None``.
+    """
+
+    kind: str
+    sentence: str
+    num_terms: int | None = None
+
+
+def verdict_on_evidence(
+    model: Program,
+    args: Any,
+    kwargs: Any,
+    trace: poutine.Trace,
+    rows: Sequence[Any],
+    *,
+    has_guide: bool,
+) -> Verdict:
+    if not all(row.computable for row in rows):
+        return Verdict("not computable", "a density above is missing.")
+    latents = [site for site in sample_sites(trace) if not site["is_observed"]]
+    if not latents:
+        return Verdict("exact", "there is no latent: P(y) is one evaluation.", 1)
+    if all(site["fn"].has_enumerate_support for site in latents):
+        return _finite_sum(model, args, kwargs, latents)
+    if _is_linear_gaussian(model, args, kwargs, trace):
+        return Verdict(
+            "exact",
+            "every site is Normal with a mean affine in the latents and a fixed "
+            "covariance: linear-Gaussian algebra gives ln P(y).",
+        )
+    factor = next((row.name for row in rows if row.role == "factor"), None)
+    if factor is not None:
+        return Verdict(
+            "estimated",
+            f"'{factor}' leaves the normaliser of P(z) unknown; annealed "
+            "importance sampling estimates it.",
+        )
+    how = (
+        "by importance sampling from the guide (log_likelihood, estimator='importance')"
+        if has_guide
+        else "by the naive average over the prior; with a guide, by importance sampling"
+    )
+    kinds = ", ".join(f"'{s['name']}'" for s in latents if not s["fn"].has_enumerate_support)
+    return Verdict("estimated", f"the integral over {kinds} has no closed form known here: {how}.")
+
+
+def _finite_sum(model: Program, args: Any, kwargs: Any, latents: list[Any]) -> Verdict:
+    states = math.prod(_support_size(site) for site in latents)
+    try:
+        enumerated = config_enumerate(model, "parallel")
+        layout = layout_of(enumerated, None, args, kwargs)
+        trace, _ = trace_pair(
+            enumerated, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True
+        )
+        factors = {}
+        for site in sample_sites(trace):
+            log_prob = site["fn"].log_prob(site["value"])
+            if log_prob.dim() > layout.nesting:
+                factors[site["name"]] = (site, log_prob)
+        terms = Enumerated(factors, layout).number_of_terms()
+    except Exception as error:  # the program cannot be enumerated in parallel: that is the answer
+        text = str(error).strip().splitlines()
+        return Verdict(
+            "estimated",
+            f"the latents have {_count(states)} joint states, but the "
+            f"program cannot be enumerated in parallel ({text[0] if text else error}).",
+        )
+    return Verdict(
+        "exact",
+        f"a sum over the discrete latents, {terms:,} terms after variable "
+        f"elimination ({_count(states)} joint states).",
+        terms,
+    )
+
+
+def _support_size(site: Any) -> int:
+    fn = site["fn"]
+    return int(fn.enumerate_support(expand=False).shape[0]) ** max(math.prod(fn.batch_shape), 1)
+
+
+def _count(states: int) -> str:
+    return f"{states:,}" if states < 10**9 else f"about 10^{len(str(states)) - 1}"
+
+
+def _is_linear_gaussian(model: Program, args: Any, kwargs: Any, trace: poutine.Trace) -> bool:
+    """Evaluate the program's means at 0, a, b and a + b: affine means add up."""
+    sites = sample_sites(trace)
+    if not all(_normal_parameters(site["fn"]) for site in sites):
+        return False
+    latents = [site for site in sites if not site["is_observed"]]
+    a, b = ({s["name"]: torch.randn_like(s["value"]) for s in latents} for _ in range(2))
+    points: list[dict[str, Tensor]] = [
+        {name: torch.zeros_like(value) for name, value in a.items()},
+        a,
+        b,
+        {name: a[name] + b[name] for name in a},
+    ]
+    runs = []
+    for point in points:
+        conditioned = poutine.condition(model, data=point)
+        replayed = poutine.trace(conditioned).get_trace(*args, **kwargs)
+        runs.append({s["name"]: _normal_parameters(s["fn"]) for s in sample_sites(replayed)})
+    for name in runs[0]:
+        found = [run.get(name) for run in runs]
+        if any(parameters is None for parameters in found):
+            return False
+        means = [parameters[0] for parameters in found if parameters]
+        spreads = [parameters[1] for parameters in found if parameters]
+        size = max(float(mean.abs().max()) for mean in means) + 1e-12
+        tolerance = 1e-4 if means[0].dtype != torch.float64 else 1e-9
+        defect = means[3] - means[1] - means[2] + means[0]
+        if float(defect.abs().max()) > tolerance * size:
+            return False
+        if any(not torch.allclose(spread, spreads[0], rtol=tolerance) for spread in spreads):
+            return False
+    return True
+
+
+def _normal_parameters(fn: Any) -> tuple[Tensor, Tensor] | None:
+    while type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        fn = fn.base_dist
+    if isinstance(fn, Normal):
+        return fn.loc, fn.scale
+    if isinstance(fn, MultivariateNormal):
+        return fn.loc, fn.scale_tril
+    return None
