@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class DenseEncoder(nn.Module):
         self.event_dim, self.input_scale = len(x_shape), input_scale
         widths = [math.prod(x_shape), *hidden_dims]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:]):  # noqa: B905
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.SiLU()]
         self.output = nn.Linear(widths[-1], output_dim)
         self.network = nn.Sequential(*layers, self.output)
@@ -64,12 +65,12 @@ class ConvEncoder(nn.Module):
         input_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        *planes, height, width = x_shape
-        if len(planes) not in (0, 1) or height % 4 or width % 4:
+        if len(x_shape) not in (2, 3) or x_shape[-2] % 4 or x_shape[-1] % 4:
             raise ValueError(
                 "ConvEncoder reads images, (height, width) or (colours, height, width), with "
                 f"height and width divisible by four, but x_shape is {tuple(x_shape)}."
             )
+        *planes, height, width = x_shape
         self.event_dim, self.input_scale = len(x_shape), input_scale
         self.image_shape = (math.prod(planes), height, width)
         half, quarter = channels

@@ -20,8 +20,8 @@ class MeanField(PyroModule):
 
     .. math:: q(z) = \prod_i N(z_i; m_i, s_i²)
 
-    For real latents outside every plate, of the given shapes. (Local latents: ``PerDatumNormal`` or an
-    amortized guide. Constrained or plated ones: ``pyro.infer.autoguide.AutoNormal``.)
+    For real latents outside every plate, of the given shapes. (Local latents: ``PerDatumNormal``
+    or an amortized guide. Constrained or plated ones: ``pyro.infer.autoguide.AutoNormal``.)
 
     :param sites: name of each latent and its event shape: ``{"mean": (), "weight": (3, 2)}``.
     :param init_scale: initial s.

@@ -41,9 +41,7 @@ class PerDatumNormal(PyroModule):
         super().__init__("per_datum_normal")
         self.site, self.plate = site, plate
         self.loc = PyroParam(torch.zeros(num_data, latent_dim))
-        self.scale = PyroParam(
-            torch.full((num_data, latent_dim), init_scale), constraints.positive
-        )
+        self.scale = PyroParam(torch.full((num_data, latent_dim), init_scale), constraints.positive)
 
     @classmethod
     def from_encoder(cls, guide: Any, x: Tensor) -> PerDatumNormal:

@@ -1,7 +1,59 @@
-"""lvppl: latent variable models in Pyro, as losses and inference routines over one identity."""
+"""lvppl: latent variable models in Pyro, as losses and inference routines over one identity.
 
-from lvppl.checks import check
+For a generative program p(z, y) and a guide q(z | y),
+
+    ln p(y) = E_q [ ln p(z, y) / q(z | y) ] + KL( q(z | y), p(z | y) )
+
+Write model and guide as ordinary Pyro programs, then check, fit, measure and inspect:
+
+>>> lvppl.check(model, guide, y)                                    # doctest: +SKIP
+>>> fit = lvppl.SVI(model, guide, objective=lvppl.ELBO()).fit(y, num_epochs=50)  # doctest: +SKIP
+>>> fit.log_likelihood(y_test, num_samples=5000)                    # doctest: +SKIP
+>>> lvppl.to_arviz(fit, y_test)                                     # doctest: +SKIP
+"""
+
+from lvppl import data
+from lvppl.checks import CheckReport, check
 from lvppl.errors import ProgramError
-from lvppl.objectives import ELBO, IWAE, HardELBO, RateDistortion
+from lvppl.inference.amortization import amortization_gap
+from lvppl.inference.fit import Fit
+from lvppl.inference.likelihood import LikelihoodEstimate, log_likelihood
+from lvppl.inference.svi import SVI
+from lvppl.inspection.arviz import to_arviz
+from lvppl.io import load, save
+from lvppl.objectives import (
+    ELBO,
+    IWAE,
+    CyclicSchedule,
+    HardELBO,
+    LinearSchedule,
+    Objective,
+    RateDistortion,
+    Report,
+)
+from lvppl.terms import Terms, trace_terms
 
-__all__ = ["ELBO", "IWAE", "HardELBO", "ProgramError", "RateDistortion", "check"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "SVI",
+    "CheckReport",
+    "CyclicSchedule",
+    "Fit",
+    "HardELBO",
+    "LikelihoodEstimate",
+    "LinearSchedule",
+    "Objective",
+    "ProgramError",
+    "RateDistortion",
+    "Report",
+    "Terms",
+    "amortization_gap",
+    "check",
+    "data",
+    "load",
+    "log_likelihood",
+    "save",
+    "to_arviz",
+    "trace_terms",
+]

@@ -29,9 +29,17 @@ class Enumerated:
         factors: the sites whose log-probability has enumerated dimensions, with that
             log-probability: masked, unscaled, expanded over its plates.
         layout: the structure of the pair.
+        averaged: only averages are wanted, not ``log_evidence``. They are linear in what is
+            averaged, so that plates may be subsampled anywhere.
     """
 
-    def __init__(self, factors: Mapping[str, tuple[Any, Tensor]], layout: Layout) -> None:
+    def __init__(
+        self,
+        factors: Mapping[str, tuple[Any, Tensor]],
+        layout: Layout,
+        *,
+        averaged: bool = False,
+    ) -> None:
         self.layout = layout
         self.factors = dict(factors)
         self._symbols: dict[str, str] = {}
@@ -39,9 +47,11 @@ class Enumerated:
         self._packed = packed
         plates = {self._symbols[name] for name in self._symbols}
         self.eliminate = {s for factor in packed for s in dims_of(factor)} - plates
-        self._check_subsampled(packed)
+        if not averaged:
+            self._check_subsampled(packed)
         data = {plate.name for plate in layout.data_plates}
-        self._outputs = {PARTICLES} | data | set(layout.subsampled_inside)
+        local = set() if averaged else set(layout.subsampled_inside)
+        self._outputs = {PARTICLES} | data | local
         self.plates = {s for name, s in self._symbols.items() if name not in self._outputs}
 
     # ------------------------------------------------------------------------------ ln Z and E[.]
@@ -175,7 +185,7 @@ class Enumerated:
                 raise ProgramError(
                     f"Plate '{name}' is subsampled, and a site outside it is enumerated: the scale "
                     "of the subsample would stand inside the sum over that site's values, and the "
-                    "result would be biased. Use the full data, or give that site a guide."
+                    "result would be biased. Use the full data, or draw that site in the guide."
                 )
 
     @staticmethod

@@ -88,24 +88,27 @@ def load(
     on from it.
 
     :param objective: what ``fit.report`` uses; default ``lvppl.ELBO()``.
-    :param device: where the tensors go; default where they were.
+    :param device: where modules and tensors go; default where the modules are, else the CPU.
     :raises ProgramError: if there is no such file, if it is truncated or not one of lvppl's, or if
         the program makes other parameters: which, and how they differ.
     """
-    content = _read(Path(folder) / "fit.pt", device)
-    where = None if device is None else torch.device(device)
+    content = _read(Path(folder) / "fit.pt")
     modules = modules_of(model, guide)
+    where = None if device is None else torch.device(device)
+    state = FitState(where)
     for module in modules:
         if where is not None:
             module.to(where)
-    state = FitState(where)
+    own_places = [tensor.device for module in modules for tensor in module.parameters()]
+    where = where or next(iter(own_places), None)
     state.add_modules(modules)
-    args, kwargs = tuple(_restored(content["args"])), _restored(content["kwargs"])
+    args = moved(tuple(_restored(content["args"])), where)
+    kwargs = moved(_restored(content["kwargs"]), where)
     own = tuple(content["own_params"])
     params = content["params"]
     with state.active(), seeded(0), state.discovering(), state.buffers_preserved():
         try:
-            first_run(model, guide, moved(args, where), moved(kwargs, where))
+            first_run(model, guide, args, kwargs)
         except Exception as error:
             raise ProgramError(
                 f"the program does not run on the first rows of the data in {folder}: {error}. "
@@ -132,15 +135,15 @@ def load(
     )
 
 
-def _read(path: Path, device: str | torch.device | None) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ProgramError(f"there is no fit in {path.parent}: {path.name} is missing")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, BadZipFile, ValueError, OSError) as e:
         raise ProgramError(
-            f"{path} is truncated or was not written by lvppl ({str(e).splitlines()[0][:200]}). "
-            "Save the fit again."
+            f"{path} is truncated or was not written by lvppl "
+            f"({type(e).__name__}: {str(e)[:200]}). Save the fit again."
         ) from e
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ProgramError(f"{path} was not written by lvppl.save")

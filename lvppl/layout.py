@@ -50,8 +50,8 @@ class Layout:
     """Guide sites that are neither reparameterised nor enumerated."""
     analytic_sites: frozenset[str]
     """Latents none of whose possible model parents can be its descendant in the guide."""
-    model_latents: tuple[str, ...]
-    """Latents of the model, in the order in which it samples them."""
+    signature: tuple[tuple[Any, ...], ...]
+    """Names and kinds of the sites in their order: a run that differs has another layout."""
     loop_reason: str = ""
     """Why particles run one by one; empty when they run in one batch."""
 
@@ -167,7 +167,18 @@ def _probe(
             if not is_enumerated(site) and not getattr(site["fn"], "has_rsample", False)
         ),
         analytic_sites=_analytic_sites(model_order, guide_order),
-        model_latents=tuple(model_order),
+        signature=signature_of(model_sites, guide_sites),
+    )
+
+
+def signature_of(
+    model_sites: Sequence[Message], guide_sites: Sequence[Message]
+) -> tuple[tuple[Any, ...], ...]:
+    """What a layout rests on: each site's program, name, role and reparameterisation, in order."""
+    return tuple(
+        (i, s["name"], s["is_observed"], is_enumerated(s), getattr(s["fn"], "has_rsample", False))
+        for i, sites in enumerate((model_sites, guide_sites))
+        for s in sites
     )
 
 

@@ -19,15 +19,17 @@ from torch.distributions import kl_divergence
 
 from lvppl.enumerated import Enumerated, user_scale
 from lvppl.errors import ProgramError
-from lvppl.layout import Layout
+from lvppl.layout import Layout, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
 from lvppl.tracing import (
     is_enumerated,
+    is_masked,
     is_point,
     plates_of,
     sample_sites,
     subsampled_plates,
     trace_pair,
+    unmasked,
 )
 
 __all__ = ["Replay"]
@@ -79,6 +81,7 @@ class Replay:
         self.cut_pairs = cutter.pairs
         self.model_sites = {site["name"]: site for site in sample_sites(model_trace)}
         self.guide_sites = {site["name"]: site for site in sample_sites(guide_trace)}
+        self.signature = signature_of([*self.model_sites.values()], [*self.guide_sites.values()])
         check_same_subsamples(model_trace, guide_trace)
         self.layout = self._current(layout)
         if not self.batched:
@@ -118,6 +121,8 @@ class Replay:
 
     def fits(self, layout: Layout) -> bool:
         """Whether this run has the structure that was found before."""
+        if self.signature != layout.signature:
+            return False
         data = {(p.name, p.dim, p.size) for p in layout.data_plates}
         sites = [*self.model_sites.values(), *self.guide_sites.values()]
         return all(data <= {(p.name, p.dim, p.size) for p in plates_of(site)} for site in sites)
@@ -196,9 +201,7 @@ class Replay:
                     f"value is not available ({error}). A transform without an inverse can be "
                     "evaluated at its own draws only: use gradient='standard'."
                 ) from error
-            site["lvppl_raw_log_prob"] = self.full(raw, site)
-            masked = scale_and_mask(site["lvppl_raw_log_prob"], 1.0, site["mask"])
-            site["lvppl_log_prob"] = masked
+            site["lvppl_log_prob"] = scale_and_mask(self.full(raw, site), 1.0, site["mask"])
         result: Tensor = site["lvppl_log_prob"]
         return result
 
@@ -221,12 +224,13 @@ class Replay:
         """Sum a batch-shaped tensor to (particles, data), with every scale but the data plates'."""
         if scaled:
             scale = site["scale"] / self.data_scale
-            tensor = tensor if isinstance(scale, float | int) and scale == 1 else tensor * scale
+            tensor = tensor if is_one(scale) else tensor * scale
         tensor = self.full(tensor, site)
         if tensor.dim() > self.width:
             raise ProgramError(
                 f"Site '{site['name']}' has batch shape {tuple(tensor.shape)}, with more "
-                f"dimensions than the {self.layout.nesting} of its plates. Use .to_event, or a pyro.plate."
+                f"dimensions than the {self.layout.nesting} of its plates. Use .to_event, or a "
+                "pyro.plate."
             )
         data = {plate.dim for plate in self.layout.data_plates}
         inner = [dim for dim in range(-self.layout.nesting, 0) if dim not in data]
@@ -289,7 +293,7 @@ class Replay:
             for name, site in sites.items()
             if (name in in_guide) or (in_model and self.log_prob(site).dim() > self.width)
         }
-        return Enumerated(factors, self.layout) if factors else None
+        return Enumerated(factors, self.layout, averaged=bool(in_guide)) if factors else None
 
     @cached_property
     def _summed(self) -> frozenset[str]:
@@ -486,10 +490,21 @@ class Replay:
             if log_prob.dim() > self.width:
                 raise ProgramError(
                     f"Guide site '{site['name']}' is drawn without a reparameterisation and "
-                    "depends on an enumerated site: mark it for enumeration too, or reparameterise it."
+                    "depends on an enumerated site: mark it for enumeration too, or "
+                    "reparameterise it."
                 )
-            terms.append(self.per_datum(site["lvppl_raw_log_prob"], site, scaled=False))
+            raw = unmasked(site["fn"]).log_prob(site["value"], *site["args"], **site["kwargs"])
+            terms.append(self.per_datum(raw, site, scaled=False))
         return self._sum(terms) if terms else None
+
+    def reweighted_draws(self) -> list[str]:
+        """Draws whose ln q enters the terms with a scale or a mask of its own."""
+        return [
+            name
+            for name, site in self.guide_sites.items()
+            if not site["is_observed"]
+            and (is_masked(site) or not is_one(site["scale"] / self.data_scale))
+        ]
 
     # ----------------------------------------------------------------------------------- by plate
 
@@ -544,3 +559,8 @@ def _closed_kl(q: Any, p: Any) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
+
+
+def is_one(scale: Any) -> bool:
+    """Whether a scale is the number 1; a tensor of scales is taken not to be."""
+    return not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-9)

@@ -23,7 +23,7 @@ from lvppl.errors import ProgramError
 __all__ = ["Generators", "RandomStream", "derived_seed", "fresh_seed", "seeded"]
 
 RandomState = dict[str, Any]
-"""States of the generators as plain tensors and numbers: ``torch``, ``cuda``, ``numpy``, ``python``."""
+"""States of the generators ``torch``, ``cuda``, ``numpy``, ``python``: tensors and numbers."""
 
 _MASK = (1 << 64) - 1
 

@@ -230,6 +230,11 @@ class Terms:
         return tuple(self._runs[0].guide_sites)
 
     @property
+    def reweighted_draws(self) -> list[str]:
+        """Draws whose ln q enters the terms with a scale or a mask of its own."""
+        return self._runs[0].reweighted_draws()
+
+    @property
     def continuous_latents(self) -> tuple[str, ...]:
         """Latents of the model on a continuous space."""
         return tuple(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -19,6 +19,7 @@ __all__ = [
     "PARTICLES",
     "Plate",
     "is_enumerated",
+    "is_masked",
     "is_point",
     "kind_of",
     "plate_scale",
@@ -27,6 +28,7 @@ __all__ = [
     "subsampled_plates",
     "trace_pair",
     "undisturbed",
+    "unmasked",
 ]
 
 PARTICLES = "_particles"
@@ -164,3 +166,17 @@ def is_point(site: Message) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
+
+
+def unmasked(fn: Any) -> Any:
+    """The distribution without ``.mask(...)``: what a value was drawn from."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, Independent) and unmasked(fn.base_dist) is not fn.base_dist:
+        return Independent(unmasked(fn.base_dist), fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def is_masked(site: Message) -> bool:
+    """Whether a mask hides some of a site's log-probability."""
+    return site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]

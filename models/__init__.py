@@ -2,7 +2,8 @@
 
 A program is called as ``model(x)``. It samples its local latents inside the plate ``"data"``, sized
 from the data, and observes the data there, so it runs unchanged on a minibatch, under an outer
-plate of particles, in float32 and float64 and on any device (``model.double()``, ``model.to(...)``).
+plate of particles, in float32 and float64 and on any device (``model.double()``,
+``model.to("cuda")``).
 ``pyro.poutine.uncondition(model)`` samples the data as well.
 """
 

@@ -72,9 +72,7 @@ class HierarchicalNormal(PyroModule):
     Source: Efron, Morris (1973), "Stein's estimation rule and its competitors", section 2.
     """
 
-    def __init__(
-        self, *, loc: float = 0.0, scale: float = 1.0, noise_scale: float = 1.0
-    ) -> None:
+    def __init__(self, *, loc: float = 0.0, scale: float = 1.0, noise_scale: float = 1.0) -> None:
         super().__init__("hierarchical_normal")
         self.loc = PyroParam(torch.tensor(float(loc)))
         self.scale = PyroParam(torch.tensor(float(scale)), constraints.positive)

@@ -25,9 +25,7 @@ class _Mixture(PyroModule):
 
     def forward(self, y: Tensor) -> Tensor:
         with pyro.plate("data", len(y)):
-            k = pyro.sample(
-                "z", dist.Categorical(self.weights), infer={"enumerate": "parallel"}
-            )
+            k = pyro.sample("z", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
             return pyro.sample("y", self.component(k), obs=y)
 
     def _log_joint(self, y: Tensor) -> Tensor:
@@ -61,9 +59,7 @@ class GaussianMixture(_Mixture):
     Source: Bishop (2006), "Pattern Recognition and Machine Learning", section 9.2.
     """
 
-    def __init__(
-        self, num_components: int, num_features: int, *, covariance: str = "full"
-    ) -> None:
+    def __init__(self, num_components: int, num_features: int, *, covariance: str = "full") -> None:
         super().__init__("gaussian_mixture")
         K, D = num_components, num_features
         self.covariance = covariance
@@ -78,8 +74,7 @@ class GaussianMixture(_Mixture):
             self.scale = PyroParam(torch.ones(shape), constraints.positive)
         else:
             raise ValueError(
-                'covariance must be "full", "tied", "diag" or "spherical", '
-                f"but is {covariance!r}."
+                f'covariance must be "full", "tied", "diag" or "spherical", but is {covariance!r}.'
             )
 
     def component(self, k: Any) -> dist.TorchDistribution:
@@ -128,7 +123,10 @@ def _k_means_plus_plus(y: Tensor, num_components: int, seed: int) -> Tensor:
 class BernoulliMixture(_Mixture):
     r"""A mixture of K vectors of D independent bits (latent class analysis).
 
-    .. math:: z ∼ \operatorname{Categorical}(π), \qquad y_j | z = k ∼ \operatorname{Bernoulli}(p_{kj})
+    .. math::
+
+        z ∼ \operatorname{Categorical}(π), \qquad
+        y_j | z = k ∼ \operatorname{Bernoulli}(p_{kj})
 
     :param num_components: K.
     :param num_features: D.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import pyro
@@ -148,9 +149,7 @@ class GaussianLikelihood(_Likelihood):
     Source: Dai, Wipf (2019), "Diagnosing and enhancing VAE models", section 4 (learned γ).
     """
 
-    def __init__(
-        self, x_shape: Sequence[int], *, init: float = 0.5, floor: float = 0.01
-    ) -> None:
+    def __init__(self, x_shape: Sequence[int], *, init: float = 0.5, floor: float = 0.01) -> None:
         super().__init__(x_shape)
         if not 0 < floor < init:
             raise ValueError(f"needs 0 < floor < init, but floor={floor!r} and init={init!r}.")
@@ -215,9 +214,7 @@ class BetaBinomialLikelihood(_Likelihood):
     def forward(self, parameters: Tensor) -> dist.TorchDistribution:
         # exp(parameter) while far below the ceiling
         shift = math.log(self.ceiling)
-        α, β = (
-            1e-4 + self.ceiling * torch.sigmoid(p - shift) for p in self.split(parameters)
-        )
+        α, β = (1e-4 + self.ceiling * torch.sigmoid(p - shift) for p in self.split(parameters))
         return dist.BetaBinomial(α, β, self.total_count).to_event(self.event_dim)
 
 
@@ -242,7 +239,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         widths = [latent_dim, *hidden_dims]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:]):  # noqa: B905
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.SiLU()]
         output = nn.Linear(widths[-1], math.prod(output_shape))
         self.network = nn.Sequential(*layers, output, nn.Unflatten(-1, tuple(output_shape)))
@@ -283,12 +280,12 @@ class ConvDecoder(nn.Module):
         channels: tuple[int, int, int] = (64, 32, 32),
     ) -> None:
         super().__init__()
-        *planes, height, width = output_shape
-        if len(planes) not in (1, 2) or height % 4 or width % 4:
+        if len(output_shape) not in (3, 4) or output_shape[-2] % 4 or output_shape[-1] % 4:
             raise ValueError(
-                "ConvDecoder makes images, (height, width) or (colours, height, width), with height "
-                f"and width divisible by four, but x_shape is {tuple(output_shape[1:])}."
+                "ConvDecoder makes images, (height, width) or (colours, height, width), with "
+                f"height and width divisible by four, but x_shape is {tuple(output_shape[1:])}."
             )
+        *planes, height, width = output_shape
         quarter, half, full = channels
         small = (quarter, height // 4, width // 4)
         self.output_shape = tuple(output_shape)

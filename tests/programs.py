@@ -367,7 +367,7 @@ def masked_observations(dtype: torch.dtype, repeats: int = 1) -> Built:
     return Built(model, normal_guide(t), (y,), oracle)
 
 
-@register(iwae_particles=3)
+@register(reweighted_latent=True, iwae_particles=3)
 def masked_data(dtype: torch.dtype, repeats: int = 1) -> Built:
     """A padded datum: latent and observation are both masked out, in model and guide."""
     t = maker(dtype)
@@ -1307,22 +1307,38 @@ def bernoulli_score_scaled(dtype: torch.dtype, repeats: int = 1) -> Built:
 
 @register(reparameterised=False, iwae_particles=3)
 def bernoulli_score_masked(dtype: torch.dtype, repeats: int = 1) -> Built:
-    """A masked latent whose draw feeds the observation: it has no rate, but it has a score."""
+    """A latent under `poutine.mask` whose draw feeds the observation: no rate, but a score."""
+    return masked_switch(dtype, repeats, by_handler=True)
+
+
+@register(reparameterised=False, iwae_particles=3)
+def bernoulli_score_masked_distribution(dtype: torch.dtype, repeats: int = 1) -> Built:
+    """The same by `Distribution.mask`, which hides the score inside the distribution."""
+    return masked_switch(dtype, repeats, by_handler=False)
+
+
+def masked_switch(dtype: torch.dtype, repeats: int, *, by_handler: bool) -> Built:
     t = maker(dtype)
     y = t(NORMAL_DATA).repeat(repeats)
     seen = torch.tensor([True, False, True]).repeat(repeats)
+
+    def masked(logits: Tensor) -> Tensor:
+        if by_handler:
+            with poutine.mask(mask=seen):
+                return pyro.sample("z", dist.Bernoulli(logits=logits))
+        return pyro.sample("z", dist.Bernoulli(logits=logits).mask(seen))
 
     def model(y: Tensor) -> None:
         logit, locs = real("prior_logit", t(-0.3)), real("locs", t([-1.0, 1.2]))
         noise = positive("noise", t(0.8))
         with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Bernoulli(logits=logit).mask(seen))
+            z = masked(logit)
             pyro.sample("y", dist.Normal(locs[z.long()], noise), obs=y)
 
     def guide(y: Tensor) -> None:
         slope, shift = real("slope", t(0.9)), real("shift", t(-0.2))
         with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Bernoulli(logits=slope * y + shift).mask(seen))
+            masked(slope * y + shift)
 
     def oracle(p: Mapping[str, Tensor]) -> Oracle:
         return switch_oracle(p, y, latent_power=seen.to(dtype).unsqueeze(-1))

@@ -104,7 +104,7 @@ def test_global_latents_make_the_data_set_one_datum():
 
     terms = trace_terms(model, None, (y,), num_particles=3)
     assert terms.data_plates == () and terms.log_weight.shape == (3, 1)
-    with pytest.raises(lvppl.ProgramError, match="'z' in no plate.*one datum"):
+    with pytest.raises(lvppl.ProgramError, match=r"'z' in no plate.*one datum"):
         terms.require_per_datum("A per-datum result")
     with pytest.raises(lvppl.ProgramError, match="outside it: 'z'"):
         trace_terms(model, None, (y,), data_plate="data")
@@ -356,7 +356,7 @@ def test_a_subsample_inside_a_global_sum_is_refused():
         lvppl.ELBO().loss(model, lambda y: None, y)
 
 
-# ----------------------------------------------------------------------------- strict and not strict
+# ----------------------------------------------------------------------------------------- strict
 
 
 def test_a_latent_without_a_guide_is_drawn_from_its_prior_when_asked_for():

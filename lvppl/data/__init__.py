@@ -3,7 +3,7 @@
 :func:`digits`, :func:`geyser`, :func:`photographs`
     embedded: no file, no network.
 :func:`mnist`
-    looked for in ``$LVPPL_DATA``, then in the user's cache folder, then downloaded; verified always.
+    from ``$LVPPL_DATA``, the user's cache folder or a public mirror; verified in each case.
 :func:`load`
     ``.npz``, ``.npy``, ``.csv``, or a folder of ``.png`` and ``.jpg`` images.
 :class:`Minibatches`

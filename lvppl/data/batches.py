@@ -17,16 +17,16 @@ class Minibatches:
 
     ``for index in minibatches`` runs through one epoch; iterating again draws the next
     permutation. The last batch holds what is left over, ``num_data mod batch_size`` data, and is
-    never dropped. Sampling is without replacement, so with the plate scale ``num_data / len(index)``
-    the minibatch ELBO is an unbiased estimate of the full one.
+    never dropped. Every datum is equally likely to be in any one batch, so with the plate scale
+    ``num_data / len(index)`` the ELBO of a batch is an unbiased estimate of the full one.
 
     Nothing is read back to the host: the permutation is drawn on ``device`` and split into views,
     whose sizes are known without looking.
 
     :param int num_data: number of data, at least 1.
     :param int batch_size: data in a batch; ``None``, or more than ``num_data``, for one full batch.
-    :param torch.Generator generator: source of the permutations; ``None`` for torch's own. Saving and
-        restoring its state continues the sequence of permutations exactly, between epochs.
+    :param torch.Generator generator: source of the permutations; ``None`` for torch's own. Saving
+        and restoring its state between epochs continues the sequence of permutations exactly.
     :param device: where the indices are; the generator's device, or else torch's default.
     :param bool shuffle: ``False`` keeps the data's order, for evaluation.
     :raises ProgramError: on sizes below 1, or a generator that is on another device.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ Binarize = Literal["dynamic", "static"] | None
 class Images:
     """Images with intensities in [0, 1], and what is known of them.
 
-    A fit that binarizes dynamically calls :meth:`epoch` at the start of every epoch, and trains on
-    what it returns; for every other data set :meth:`epoch` is :attr:`images` itself::
+    Dynamic binarization draws the pixels of an image afresh each time the image is visited, so once
+    an epoch, on the device. A fit does so through :attr:`transform`, and your own loop through
+    :meth:`epoch`; both leave every other data set as it is::
 
-        data = lvppl.data.mnist(binarize="dynamic").to("cuda")
+        data = lvppl.data.mnist(binarize="dynamic")
+        lvppl.SVI(model, guide).fit(data.images, transform=data.transform, batch_size=128, ...)
+
         for _ in range(num_epochs):
-            y = data.epoch(generator)  # fresh 0/1 pixels, drawn on the device
-            ...
+            y = data.epoch(generator)  # (data, height, width), zeros and ones
 
     :ivar Tensor images: floating, (data, height, width), or (data, 3, height, width) in colour.
     :ivar Tensor labels: int64 (data,), or ``None``.
@@ -47,8 +50,8 @@ class Images:
         require_binarize(self.binarize)
         if not self.images.is_floating_point() or self.images.dim() not in (3, 4):
             raise ProgramError(
-                "Images must be floating, of shape (data, height, width) or (data, channels, height, "
-                f"width), but are {self.images.dtype} of shape {tuple(self.images.shape)}."
+                "Images must be floating, (data, height, width) or (data, 3, height, width), but "
+                f"are {self.images.dtype} of shape {tuple(self.images.shape)}."
             )
         inside = (self.images >= 0) & (self.images <= 1)  # NaN is outside as well
         if not bool(inside.all()):
@@ -59,12 +62,20 @@ class Images:
             )
         if self.labels is not None and self.labels.shape != self.images.shape[:1]:
             raise ProgramError(
-                f"There are {len(self.images)} images, but labels of shape {tuple(self.labels.shape)}."
+                f"There are {len(self)} images, but labels of shape {tuple(self.labels.shape)}."
             )
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.images)
+
+    @property
+    def transform(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+        """What a fit applies to each minibatch of :attr:`images`; ``None`` where nothing is drawn.
+
+        It draws from torch's own generator, which a fit seeds, on the device of the batch.
+        """
+        return binarize_batch if self.binarize == "dynamic" else None
 
     def epoch(self, generator: torch.Generator | None = None) -> Tensor:
         """The data of one epoch, like :attr:`images`.
@@ -83,7 +94,7 @@ class Images:
         """
         if generator is not None and generator.device.type != self.images.device.type:
             raise ProgramError(
-                f"The images are on {self.images.device}, but the generator is on {generator.device}: "
+                f"The images are on {self.images.device}, the generator is on {generator.device}: "
                 f"create it with torch.Generator(device={str(self.images.device)!r})."
             )
         return torch.bernoulli(self.images, generator=generator)
@@ -149,6 +160,12 @@ class Table:
         if name not in self.columns:
             raise ProgramError(f"No column {name!r}: there are {', '.join(self.columns)}.")
         return self.values[:, self.columns.index(name)]
+
+
+def binarize_batch(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments, with y ~ Bernoulli(intensity) for the first of them, intensities."""
+    intensities, *others = batch
+    return (torch.bernoulli(intensities), *others)
 
 
 def require_binarize(binarize: object) -> None:

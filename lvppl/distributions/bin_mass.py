@@ -6,11 +6,10 @@ import math
 from functools import singledispatch
 
 import torch
+from pyro.distributions import Logistic
 from torch import Tensor
 from torch.distributions import Distribution, Laplace, MixtureSameFamily, Normal
 from torch.nn.functional import logsigmoid
-
-from pyro.distributions import Logistic
 
 from lvppl.errors import ProgramError
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
-
-from pyro.distributions import TorchDistribution
 
 from lvppl.distributions.bin_mass import log1mexp
 from lvppl.distributions.grid import FiniteGrid, require_on_grid
@@ -41,7 +40,7 @@ class DiscretizedLogistic(TorchDistribution):
     flow", appendix; Salimans et al. (2017), "PixelCNN++", equation 2.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
     has_rsample = False
     has_enumerate_support = True
 
@@ -84,7 +83,7 @@ class DiscretizedLogistic(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
-            require_on_grid(self, value)
+            require_on_grid(self, value, self.support)
         half = 0.5 * self.step / self.scale
         middle = (value - self.loc) / self.scale
         # σ(b) − σ(a) = σ(b) σ(−a) (1 − exp(a − b)); an edge level lacks its outer bound
@@ -107,7 +106,7 @@ class DiscretizedLogistic(TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:
         levels = torch.arange(self.num_levels, dtype=self.loc.dtype, device=self.loc.device)
         values = (self.low + self.step * levels).reshape((-1,) + (1,) * len(self.batch_shape))
-        return values.expand((-1,) + self.batch_shape) if expand else values
+        return values.expand((-1, *self.batch_shape)) if expand else values
 
     def _moment_sums(self) -> tuple[Tensor, Tensor]:
         """E[k] = Σ_k P(level ≥ k) and E[k²] = Σ_k (2k − 1) P(level ≥ k) of the level index k."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-
-from pyro.distributions import TorchDistribution
 
 from lvppl.distributions.bin_mass import log_bin_mass
 from lvppl.distributions.quantized import require_univariate
@@ -38,7 +37,7 @@ class Dithered(TorchDistribution):
     hyperprior", appendix 6.2.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
 
     def __init__(

@@ -63,9 +63,10 @@ class FiniteGrid(constraints.Constraint):
         return f"the grid of {self.num_levels} levels from {self.low:g} to {self.high:g}"
 
 
-def require_on_grid(distribution: Distribution, value: Tensor) -> None:
-    """Raise :class:`~lvppl.errors.ProgramError` naming the first value off the support."""
-    grid = distribution.support
+def require_on_grid(
+    distribution: Distribution, value: Tensor, grid: constraints.Constraint
+) -> None:
+    """Raise :class:`~lvppl.errors.ProgramError` naming the first value off the grid."""
     on_grid = grid.check(value)
     if on_grid.all():
         return

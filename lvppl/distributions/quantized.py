@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-
-from pyro.distributions import TorchDistribution
 
 from lvppl.distributions.bin_mass import log_bin_mass
 from lvppl.distributions.grid import Lattice, require_on_grid
@@ -26,8 +25,10 @@ def require_univariate(base: Distribution, name: str) -> None:
             f"{tuple(base.event_shape)}: write {name}(base, step).to_event(...) instead of "
             f"{name}(base.to_event(...), step)."
         )
-    if base.support.is_discrete:
-        raise ProgramError(f"{name} needs a continuous base, but {type(base).__name__} is discrete.")
+    if base.support is not None and base.support.is_discrete:
+        raise ProgramError(
+            f"{name} needs a continuous base, but {type(base).__name__} is discrete."
+        )
 
 
 class Quantized(TorchDistribution):
@@ -49,7 +50,7 @@ class Quantized(TorchDistribution):
     equation 8.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(
@@ -72,7 +73,7 @@ class Quantized(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
-            require_on_grid(self, value)
+            require_on_grid(self, value, self.support)
         return log_bin_mass(self.base, value, self.step)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-
-from pyro.distributions import TorchDistribution
 
 from lvppl.distributions.rounding import require_step
 
@@ -30,7 +29,7 @@ class UniformNoise(TorchDistribution):
     Source: Ballé, Laparra, Simoncelli (2017), "End-to-end optimized image compression", section 3.
     """
 
-    arg_constraints = {"loc": constraints.real}
+    arg_constraints: ClassVar = {"loc": constraints.real}
     has_rsample = True
 
     def __init__(

@@ -8,7 +8,7 @@ search": the encoder answers in one pass what a search would find, and the gap i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +92,14 @@ def amortization_gap(
             "amortization_gap needs at least one step and one repetition, but got "
             f"num_steps={num_steps!r}, num_repetitions={num_repetitions!r}."
         )
-    objective = ELBO(num_particles=num_particles)
     with seeded(seed):
-        trace_terms(model, guide, data).require_per_datum("amortization_gap")
-        search = _PerDatumNormals(_normal_sites(guide, data))
+        terms = trace_terms(model, guide, data)
+        terms.require_per_datum("amortization_gap")
+        # without noise at the optimum, unless the guide sums over a discrete site of its own
+        sums = any(name in terms.guide_site_names for name in terms.layout.enumerated)
+        gradient = "standard" if sums else "stl"
+        objective = ELBO(num_particles=num_particles, gradient=gradient)
+        search = _PerDatumNormals(_normal_sites(guide, data, terms.latents), terms.num_data)
         history = _maximise(
             objective, model, search.around(guide), data, search, num_steps, learning_rate
         )
@@ -140,12 +144,12 @@ def _maximise(
     return -torch.stack(losses) / search.num_data
 
 
-def _normal_sites(guide: Program, data: tuple[Any, ...]) -> dict[str, Any]:
+def _normal_sites(guide: Program, data: tuple[Any, ...], names: Iterable[str]) -> dict[str, Any]:
     """The guide's latent distributions, each a fixed Normal; refuses all others by name."""
     with torch.no_grad():
         first, second = (poutine.trace(guide).get_trace(*data) for _ in range(2))
     sites = {}
-    for name in first.stochastic_nodes:
+    for name in names:
         normal, again = (_without_independent(t.nodes[name]["fn"]) for t in (first, second))
         if not isinstance(
             normal, (torch.distributions.Normal, torch.distributions.MultivariateNormal)
@@ -157,9 +161,9 @@ def _normal_sites(guide: Program, data: tuple[Any, ...]) -> dict[str, Any]:
             )
         if not (torch.equal(normal.mean, again.mean) and torch.equal(normal.stddev, again.stddev)):
             raise ProgramError(
-                f"The parameters of latent '{name}' differ between two runs of the guide on the same "
-                "data: they depend on another latent, or the encoder is in training mode (call "
-                ".eval()). The search needs parameters that are functions of the data alone."
+                f"The parameters of latent '{name}' differ between two runs of the guide on the "
+                "same data: they depend on another latent, or the encoder is in training mode "
+                "(call .eval()). The search needs parameters that are functions of the data alone."
             )
         sites[name] = first.nodes[name]["fn"]
     return sites
@@ -199,11 +203,11 @@ class _FreeNormal:
 class _PerDatumNormals(Messenger):
     """Replaces the guide's distributions by Normals with free parameters for each datum."""
 
-    def __init__(self, sites: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Mapping[str, Any], num_data: int) -> None:
         super().__init__()
         self.normals = {name: _FreeNormal(fn) for name, fn in sites.items()}
         self.parameters = [p for n in self.normals.values() for p in (n.offset, n.free_scale)]
-        self.num_data = next(iter(sites.values())).batch_shape.numel()
+        self.num_data = num_data
 
     def around(self, guide: Program) -> Program:
         def searched(*args: Any, **kwargs: Any) -> Any:

@@ -52,7 +52,7 @@ class _Recorder(Messenger):
         with torch.no_grad():
             try:
                 log_prob = msg["fn"].log_prob(msg["value"])
-            except Exception:  # noqa: BLE001 - a site without a density has nothing to look at
+            except Exception:  # a site without a density has nothing to look at
                 return
             if isinstance(msg["mask"], Tensor):
                 log_prob = torch.where(msg["mask"], log_prob, torch.zeros_like(log_prob))
@@ -130,7 +130,7 @@ def diagnose(
     with pyro.validation_enabled(False), recorder:  # validation would stop before the site
         try:
             value = loss()
-        except Exception as problem:  # noqa: BLE001 - reported below, or raised by the caller
+        except Exception as problem:  # reported below, or raised by the caller
             error = problem
     if recorder.finding is not None:
         return recorder.finding

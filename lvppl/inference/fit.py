@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib import metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,22 @@ class History(Mapping[str, np.ndarray]):
     an evaluation, in nats per row of the data (those that the objective reports).
     """
 
-    def __init__(self, losses: Tensor, evaluations: list[Evaluation]) -> None:
-        self._arrays = {"loss": losses.detach().cpu().numpy().copy()}
-        if evaluations:
-            self._arrays["step"] = np.array([e.step for e in evaluations])
-            self._arrays["epoch"] = np.array([e.epoch for e in evaluations])
+    def __init__(self, losses: Tensor, evaluations: Sequence[Evaluation]) -> None:
+        self._losses = losses.detach()
+        self._evaluations = tuple(evaluations)
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        # Only when asked: a callback gets a history every epoch, and reading it waits for a GPU.
+        arrays = {"loss": self._losses.cpu().numpy().copy()}
+        if self._evaluations:
+            arrays["step"] = np.array([e.step for e in self._evaluations])
+            arrays["epoch"] = np.array([e.epoch for e in self._evaluations])
         for name in _EVALUATED:
-            column = [getattr(e, name) for e in evaluations]
+            column = [getattr(e, name) for e in self._evaluations]
             if column and None not in column:
-                self._arrays[name] = np.array(column, dtype=np.float64)
+                arrays[name] = np.array(column, dtype=np.float64)
+        return arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._arrays:
@@ -64,6 +72,11 @@ class History(Mapping[str, np.ndarray]):
 
 def versions() -> dict[str, str]:
     """Versions of everything that a fit's numbers depend on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("lvppl", "torch", "pyro-ppl", "numpy"):
         try:

@@ -121,8 +121,8 @@ def data_plates_of(
     """Names of the plates that follow the rows of the data, found by running the program.
 
     Model and guide run at the size of the batch, at one next to it, and at that of the last batch
-    of an epoch; a data plate is one whose size is the number of
-    rows at the first two. A plate whose ``size`` the program itself states as the full number of rows
+    of an epoch; a data plate is one whose size is the number of rows at the first two. A plate
+    whose ``size`` the program itself states as the full number of rows
     (``pyro.plate("data", N, subsample=index)``) scales itself, and is left out. Random numbers are
     consumed; parameters made on the way at other sizes than the first are dropped.
 

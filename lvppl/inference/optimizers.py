@@ -34,7 +34,7 @@ class Mover(Protocol):
         """Step schedulers that go by epochs."""
 
     def learning_rate(self) -> float | None:
-        """Learning rate of the first parameter group; None before the first step."""
+        """Learning rate of the first parameter group; None before the first step, or without."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, by parameter name."""
@@ -101,7 +101,7 @@ class TorchMover:
             self.scheduler.step()
 
     def learning_rate(self) -> float | None:
-        return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
+        return None if self.optimizer is None else _rate(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -158,7 +158,7 @@ class PyroMover:
 
     def learning_rate(self) -> float | None:
         for item in self.optim.optim_objs.values():
-            return float(getattr(item, "optimizer", item).param_groups[0]["lr"])
+            return _rate(getattr(item, "optimizer", item))
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +171,11 @@ class PyroMover:
         self.optim.optim_objs = {}
         self.optim.grad_clip = {}
         self.optim._state_waiting_to_be_consumed = copy.deepcopy(dict(state["pyro"]))
+
+
+def _rate(optimizer: Optimizer) -> float | None:
+    rate = optimizer.param_groups[0].get("lr")
+    return None if rate is None else float(rate)
 
 
 def make_mover(

@@ -1,4 +1,4 @@
-"""Draws from a fitted posterior q(z | y), from the prior p(z), and what the model says of y at them.
+"""Draws from a posterior q(z | y), from the prior p(z), and what the model says of y at them.
 
 Everything is drawn in passes that hold a bounded number of elements, so that large data and many
 draws need little more memory than the draws themselves. The random numbers of a draw depend on the
@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.inference.likelihood import _AddressedDraws
+from lvppl.inference.addressed import AddressedDraws
 from lvppl.layout import layout_of
 from lvppl.replay import Replay
 from lvppl.seeding import RandomStream, checked_seed, derived_seed
@@ -338,7 +338,7 @@ class _Job:
     def addressed(self, one: _Pass, purpose: str = "guide") -> Iterator[None]:
         """Random numbers by site, datum and sample; what no address reaches is seeded by pass."""
         rest = derived_seed(self.seed, f"{purpose}/{one.first_datum}/{one.first_sample}")
-        draws = _AddressedDraws(
+        draws = AddressedDraws(
             self.seed, self.data_plate, one.first_datum, one.first_sample, self.unaddressed
         )
         with RandomStream(rest), draws:

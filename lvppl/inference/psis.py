@@ -140,7 +140,8 @@ def _smooth_tail(ordered: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
         return ordered, ordered.new_empty(0)
     block = max(1, _BLOCK // (ordered.shape[1] * (31 + math.isqrt(ordered.shape[1]))))
     pieces = [
-        _smooth_block(rows, flags) for rows, flags in zip(ordered.split(block), exact.split(block))
+        _smooth_block(rows, flags)
+        for rows, flags in zip(ordered.split(block), exact.split(block), strict=True)
     ]
     return torch.cat([tail for tail, _ in pieces]), torch.cat([khat for _, khat in pieces])
 

@@ -86,9 +86,9 @@ def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.equal(a.detach(), b.to(a)) for a, b in zip(first, second)
-    )
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return False
+    return all(torch.equal(a.detach(), b.to(a)) for a, b in zip(first, second, strict=True))
 
 
 class FitState:
@@ -328,6 +328,11 @@ def require_same(what: str, mine: Mapping[str, Tensor], given: Mapping[str, Tens
             raise ProgramError(
                 f"this program makes a {what} {name!r} that the fit does not have; it has "
                 f"{sorted(given) or 'none'}. Use the model and the guide of the fit."
+            )
+        if tensor.dtype != given[name].dtype:
+            raise ProgramError(
+                f"{what} {name!r} is {given[name].dtype} in the fit but {tensor.dtype} in this "
+                "program. Convert the program's module, with module.double() or module.float()."
             )
         if tensor.shape != given[name].shape:
             raise ProgramError(

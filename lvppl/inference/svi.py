@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,8 @@ class SVI:
         :param transform: a function from the tuple of a minibatch's arguments to another, on the
             device, for training and validation alike (dynamic binarisation).
         :param progress: show a progress bar, or a line now and then where there is no terminal.
-        :param strict: refuse NaN in the data, and sites that only one of model and guide has.
+        :param strict: refuse NaN in the data, and sites that only one of model and guide has (the
+            objective has a ``strict`` of its own).
         :param resume: go on from this fit. On a CPU the result is that of an uninterrupted run.
         :raises ProgramError: before the first step, where program, data or options do not fit.
         """
@@ -147,7 +148,7 @@ class SVI:
         batch_size = _check_data(data, batch_size, held_out, strict)
         state = FitState(where if given else None)
         try:
-            plates, own = self._prepare(
+            plates, own, prototype = self._prepare(
                 state, data, kwargs, batch_size, seed, where, strict, transform
             )
             plan = Plan(
@@ -177,14 +178,14 @@ class SVI:
             training = Training(plan, state, self._mover(), RandomStream(seed, where))
             if resume is not None:
                 training.resume(resume.checkpoint())
-            return self._run(training, own)
+            return self._run(training, own, prototype)
         finally:
             state.finish()
 
-    def _run(self, training: Training, own: tuple[str, ...]) -> Fit:
+    def _run(self, training: Training, own: tuple[str, ...], prototype: tuple[Any, ...]) -> Fit:
         def in_progress() -> Fit:
             running = Stop("running", "the fit is in progress")
-            return self._record(training, running, own, training.checkpoint)
+            return self._record(training, running, own, prototype, training.checkpoint)
 
         stop = training.run(in_progress)
         checkpoint = training.checkpoint()
@@ -192,13 +193,14 @@ class SVI:
         if stop.status in ("max_steps", "converged") and last != training.position.step:
             training.evaluate()
         training.state.finish(training.best)
-        return self._record(training, stop, own, lambda: checkpoint)
+        return self._record(training, stop, own, prototype, lambda: checkpoint)
 
     def _record(
         self,
         training: Training,
         stop: Stop,
         own: tuple[str, ...],
+        prototype: tuple[Any, ...],
         checkpoint: Callable[[], dict[str, Any]],
     ) -> Fit:
         plan, position = training.plan, training.position
@@ -225,7 +227,7 @@ class SVI:
                 "learning_rate": training.mover.learning_rate(),
             },
             state=training.state,
-            prototype=(_prototype(plan), plan.kwargs),
+            prototype=(prototype, plan.kwargs),
             own_params=own,
             checkpoint=checkpoint,
         )
@@ -253,8 +255,11 @@ class SVI:
         device: torch.device,
         strict: bool,
         transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None,
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
         """Make every parameter, check the program, and find the data plates.
+
+        Returns the plates, the parameters that only the objective makes, and arguments on which
+        the program can be run again: few rows if it takes any number, else all.
 
         It draws from a stream of its own: whether parameters are made here or exist from an
         earlier fit, the steps see the same random numbers.
@@ -266,7 +271,7 @@ class SVI:
             plates: tuple[str, ...] = ()
             with _explained(data, modules), state.discovering(), state.buffers_preserved():
                 if batch_size is not None:
-                    # First, because an autoguide takes its shapes from the batch that it sees first.
+                    # First, because an autoguide takes its shapes from its first batch.
                     plates = data_plates_of(
                         self.model,
                         self.guide,
@@ -285,7 +290,12 @@ class SVI:
                 with scaled_minibatch(plates, rows or 1):
                     loss_of(self.objective, self.model, self.guide, batch, kwargs)
             state.claim()
-            return plates, tuple(name for name in state.tensors() if name not in programs)
+            if batch_size is not None:
+                batch = gather(
+                    data, torch.arange(min(2, batch_size), device=data[0].device), rows or 1
+                )
+                batch = batch if transform is None else tuple(transform(batch))
+            return plates, tuple(n for n in state.tensors() if n not in programs), batch
 
 
 def first_run(
@@ -405,7 +415,7 @@ def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
 
 
 @contextmanager
-def _explained(data: tuple[Any, ...], modules: list[nn.Module]) -> Any:
+def _explained(data: tuple[Any, ...], modules: list[nn.Module]) -> Iterator[None]:
     """Say what differs where a program fails because tensors do not go together."""
     try:
         yield
@@ -426,12 +436,3 @@ def _explained(data: tuple[Any, ...], modules: list[nn.Module]) -> Any:
                 "in fit(..., device=...)."
             ) from error
         raise
-
-
-def _prototype(plan: Plan) -> tuple[Any, ...]:
-    """Rows enough to run the program again: few if it takes any number, else all."""
-    if plan.batch_size is None or plan.rows is None:
-        return plan.args
-    few = torch.arange(min(2, plan.rows), device=plan.device)
-    args = gather(plan.args, few, plan.rows)
-    return args

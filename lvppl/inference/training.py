@@ -7,6 +7,7 @@ random stream are in place while steps run, and never while a callback runs.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from lvppl.inference.state import FitState
 from lvppl.seeding import Generators, RandomStream, derived_seed
 
 __all__ = ["Evaluation", "Stop", "Training"]
+
+_NOT_FINITE = (ValueError, torch.linalg.LinAlgError)
+"""What validation and factorisations raise where a value is NaN or infinite."""
 
 _WINDOW = 50
 """Steps between two looks at whether all was finite, where a look waits for the device."""
@@ -95,6 +99,8 @@ class Position:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    closed: int = 0
+    """Epochs whose end has been seen to."""
     order_state: Tensor | None = None
 
 
@@ -110,7 +116,6 @@ class Training:
     evaluations: list[Evaluation] = field(default_factory=list)
     best: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     best_elbo: float = -float("inf")
-    notes: list[str] = field(default_factory=list)
     stop: Stop | None = None
 
     def __post_init__(self) -> None:
@@ -130,10 +135,10 @@ class Training:
         progress = Progress(self.plan.max_steps, self.position.step, self.plan.progress)
         try:
             while self.stop is None:
-                epoch = self.position.epoch
+                epoch = self.position.closed
                 with self.state.active(), self.stream, torch.enable_grad():
                     self._train(progress)
-                if self.position.epoch > epoch:
+                if self.position.closed > epoch:
                     self._call_back(in_progress)
         except KeyboardInterrupt:
             kept = "the best" if self.best is not None else "the last"
@@ -146,17 +151,26 @@ class Training:
 
     def _train(self, progress: Progress) -> None:
         """Whole epochs, one where callbacks wait for its end, else as many as there are."""
+        self._close_epoch()  # of a fit that was interrupted just there
         self._limits()
         while self.stop is None:
-            epoch = self.position.epoch
             self._epoch(progress)
-            ended = self.position.epoch > epoch
-            if ended and self.position.epoch % self.plan.evaluate_every == 0:
-                self.evaluate()
-                self._see_whether_converged()
+            closed = self._close_epoch()
             self._limits()
-            if ended and self.plan.callbacks:
+            if closed and self.plan.callbacks:
                 return
+
+    def _close_epoch(self) -> bool:
+        """Once after each epoch: evaluate, see whether to stop, step the scheduler."""
+        epoch = self.position.epoch
+        if self.position.closed == epoch:
+            return False
+        if epoch % self.plan.evaluate_every == 0:
+            self.evaluate()
+            self._see_whether_converged()
+        self.mover.end_epoch(self._last_loss)
+        self.position.closed = epoch
+        return True
 
     def _limits(self) -> None:
         plan, done = self.plan, self.position
@@ -189,7 +203,6 @@ class Training:
         if self.position.batch == len(batches):
             self.position.batch, self.position.order_state = 0, None
             self.position.epoch += 1
-            self.mover.end_epoch(self._last_loss)
 
     def _batches(self) -> list[Tensor | None]:
         """Row indices of each batch of this epoch; the same again for a resumed epoch."""
@@ -282,7 +295,7 @@ class Training:
         with self._undone_if_broken() as before:
             try:
                 loss, norm, grads = self._gradients(index)
-            except (ValueError, torch.linalg.LinAlgError) as error:
+            except _NOT_FINITE as error:
                 if isinstance(error, ProgramError):
                     raise
                 finding = self._diagnose(index, before)
@@ -338,9 +351,10 @@ class Training:
             elbo, rate, distortion = self._report(self._evaluation_batch(), plan.rows)
             held_out = None if plan.validation is None else self._validation_elbo()
         position = self.position
-        self.evaluations.append(
-            Evaluation(position.step, position.epoch, elbo, rate, distortion, held_out)
-        )
+        if not self.evaluations or self.evaluations[-1].step != position.step:
+            self.evaluations.append(
+                Evaluation(position.step, position.epoch, elbo, rate, distortion, held_out)
+            )
         if held_out is not None and held_out > self.best_elbo:
             self.best, self.best_elbo = self.state.values(), held_out
 
@@ -353,15 +367,24 @@ class Training:
         return self._batch(first.to(self.plan.device))
 
     def _report(
-        self, batch: tuple[Any, ...], full_rows: int | None
+        self, args: tuple[Any, ...], full_rows: int | None
     ) -> tuple[float, float | None, float | None]:
-        """ELBO, rate and distortion per row; only the first for a loss without a report."""
+        """ELBO, rate and distortion per row; only the first for a loss without a report.
+
+        NaN where the program cannot be evaluated: if that persists, the next step says why.
+        """
         plan, rows = self.plan, full_rows or 1
-        with self._scaled(full_rows):
-            if not hasattr(plan.objective, "report"):
-                loss = loss_of(plan.objective, plan.model, plan.guide, batch, plan.kwargs)
-                return -float(loss) / rows, None, None
-            report = plan.objective.report(plan.model, plan.guide, *batch, **plan.kwargs)
+        reports = hasattr(plan.objective, "report")
+        try:
+            with self._scaled(full_rows):
+                if not reports:
+                    loss = loss_of(plan.objective, plan.model, plan.guide, args, plan.kwargs)
+                    return -float(loss) / rows, None, None
+                report = plan.objective.report(plan.model, plan.guide, *args, **plan.kwargs)
+        except _NOT_FINITE as error:
+            if isinstance(error, ProgramError):
+                raise
+            return (math.nan,) * 3 if reports else (math.nan, None, None)
         totals = (report.elbo.total, report.rate.total, report.distortion.total)
         elbo, rate, distortion = (float(total) / rows for total in totals)
         return elbo, rate, distortion
@@ -435,6 +458,7 @@ class Training:
             "step": self.position.step,
             "epoch": self.position.epoch,
             "batch": self.position.batch,
+            "closed": self.position.closed,
         }
 
     def _undo(self, snapshot: Mapping[str, Any]) -> None:
@@ -451,6 +475,7 @@ class Training:
         self.position.step = int(snapshot["step"])
         self.position.epoch = int(snapshot["epoch"])
         self.position.batch = int(snapshot["batch"])
+        self.position.closed = int(snapshot["closed"])
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything needed to go on from here, as tensors and plain values."""

@@ -363,7 +363,7 @@ class _Inner:
 
 
 def _integrated(given: _Pair, num_inner: int) -> _Inner:
-    """ln p(y_n | theta) = ln mean_k w_nk; a local draw for each datum is one of the k, by weight."""
+    """ln p(y_n | theta) = ln mean_k w_nk; each datum keeps one of the k draws, by weight."""
     terms = trace_terms(
         given.model,
         given.guide,
@@ -434,8 +434,8 @@ def _reweighted(
     with RandomStream(seed):
         # Systematic resampling: equal weights keep every draw once. Copies stay side by side, so
         # that the effective sample size that ArviZ reports counts them as one.
-        offset = torch.rand((), dtype=torch.float64)
-    steps = (torch.arange(len(weights), dtype=torch.float64) + offset) / len(weights)
+        offset = torch.rand((), dtype=torch.float64, device="cpu")
+    steps = (torch.arange(len(weights), dtype=torch.float64, device="cpu") + offset) / len(weights)
     index = torch.searchsorted(weights.cumsum(0).cpu(), steps).clamp(max=len(weights) - 1)
     limit = khat_threshold(len(weights))
     notes: dict[str, Any] = {
@@ -464,7 +464,7 @@ def _is_constant(value: Tensor | None) -> bool:
     return value is not None and value.is_floating_point() and bool((value == value[:1]).all())
 
 
-# ---------------------------------------------------------------------------------------- converting
+# ------------------------------------------------------------------------------------- converting
 
 
 class _Export:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -197,7 +198,7 @@ def latent_plane(
     *,
     labels: Any = None,
     stds: Any = None,
-    num_ellipses: int = 100,
+    num_ellipses: int = 40,
     project: str = "auto",
 ) -> Axes:
     """Scatter the posterior means in two dimensions, with one-standard-deviation ellipses.
@@ -452,9 +453,9 @@ def _ellipses(
             units="xy",
             offsets=plane[chosen],
             offset_transform=ax.transData,
-            facecolors=cast(Any, colours),
-            edgecolors="none",
-            alpha=0.15,
+            facecolors=[to_rgba(colour, 0.06) for colour in colours],
+            edgecolors=[to_rgba(colour, 0.5) for colour in colours],
+            linewidths=0.7,
             zorder=1,
         ),
         autolim=False,

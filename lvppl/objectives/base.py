@@ -13,7 +13,7 @@ from pyro.infer.elbo import ELBO as PyroLoss
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.layout import layout_of
+from lvppl.layout import Layout, layout_of
 from lvppl.objectives.schedules import Schedule
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import trace_pair
@@ -135,18 +135,22 @@ class Objective(PyroLoss):
         layout = layout_of(
             model, guide, args, kwargs, data_plate=self.data_plate, strict=self.strict
         )
-        if layout.score_sites and particles == 1 and torch.is_grad_enabled():
+        if particles == 1 and needs_baseline(layout):
             particles = 2
-        return trace_terms(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=particles,
-            data_plate=self.data_plate,
-            strict=self.strict,
-            cut=self.cut and torch.is_grad_enabled(),
-        )
+        while True:
+            terms = trace_terms(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=particles,
+                data_plate=self.data_plate,
+                strict=self.strict,
+                cut=self.cut and torch.is_grad_enabled(),
+            )
+            if particles > 1 or not needs_baseline(terms.layout):
+                return terms
+            particles = 2  # the structure changed in this very run
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -196,6 +200,11 @@ class Objective(PyroLoss):
             loss=quantity(terms, self.per_datum(terms)),
             notes=terms.notes,
         )
+
+
+def needs_baseline(layout: Layout) -> bool:
+    """Whether gradients need a second particle, for the baseline of a score function."""
+    return bool(layout.score_sites) and torch.is_grad_enabled()
 
 
 def quantity(terms: Terms, per_datum: Tensor) -> Quantity:

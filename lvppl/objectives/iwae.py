@@ -78,6 +78,7 @@ class IWAE(Objective):
         terms.require_whole("IWAE")
         if self.gradient == "dreg":
             require_reparameterised(terms, "dreg")
+            _require_plain_weights(terms)
         log_weight = terms.log_weight
         if self.num_particles == 1:  # L_1 is linear in the particles: average what was drawn
             return expected(terms, -log_weight)
@@ -100,6 +101,16 @@ class IWAE(Objective):
         report = self.standard_report(terms, form="kl")
         bound = Quantity(total=-report.loss.total, per_datum=-report.loss.per_datum)
         return IWAEReport(**{**vars(report), "bound": bound})
+
+
+def _require_plain_weights(terms: Terms) -> None:
+    """The squared weights come from E_q ∂ln q = 0, which a power or a mask of q breaks."""
+    sites = terms.reweighted_draws
+    if sites:
+        raise ProgramError(
+            f"gradient='dreg' needs ln q of every draw in the weight as it is, but '{sites[0]}' "
+            "has a poutine.scale or a mask of its own. Use gradient='standard'."
+        )
 
 
 def _log_mean_exp(log_weight: Tensor) -> Tensor:

@@ -106,8 +106,10 @@ def test_mixture_is_the_sum_of_its_components():
     centre = torch.linspace(-80, 80, 33, dtype=torch.float64)
     want = torch.logsumexp(
         torch.stack(
-            [w.log() + log_bin_mass(dist.Normal(m, s), centre, 1.0)
-             for w, m, s in zip(weights, loc, scale)]  # noqa: B905
+            [
+                w.log() + log_bin_mass(dist.Normal(m, s), centre, 1.0)
+                for w, m, s in zip(weights, loc, scale, strict=True)
+            ]
         ),
         0,
     )
@@ -129,7 +131,7 @@ def test_unresolved_generic_mass_is_zero_without_nan_gradient():
 
 
 def test_base_without_cdf_is_refused():
-    with pytest.raises(ProgramError, match="StudentT.*cdf"):
+    with pytest.raises(ProgramError, match=r"StudentT.*cdf"):
         log_bin_mass(dist.StudentT(3.0), torch.tensor(0.0), 1.0)
 
 

@@ -54,8 +54,11 @@ def test_moments(low, high, num_levels):
 def test_sample_frequencies():
     torch.manual_seed(0)
     d = DiscretizedLogistic(
-        torch.tensor([-2.0, 5.3, 15.0]).double(), torch.tensor([3.0, 1.0, 0.2]).double(),
-        low=0, high=16, num_levels=17,
+        torch.tensor([-2.0, 5.3, 15.0]).double(),
+        torch.tensor([3.0, 1.0, 0.2]).double(),
+        low=0,
+        high=16,
+        num_levels=17,
     )
     n = 40_000
     draws = d.sample((n,))

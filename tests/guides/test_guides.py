@@ -134,6 +134,9 @@ def test_a_minibatch_has_the_posterior_of_its_data(name):
     guide, x = make_guide(name), data()
     rows = torch.tensor([5, 0])
     z = guide.posterior(x[rows]).sample()
+    if name in ("point", "quantized"):
+        torch.testing.assert_close(z, guide.posterior(x).mean[rows])
+        return
     full = torch.zeros(6, LATENT_DIM).double()
     full[rows] = z
     batch = guide.posterior(x[rows]).log_prob(z)
@@ -182,8 +185,8 @@ def test_full_covariance_is_the_covariance_of_its_draws():
     guide, x = make_guide("full"), data()
     q = guide.posterior(x)
     factor = q.scale_tril
-    assert (factor.diagonal(dim1=-2, dim2=-1) > 0).all() and (factor.triu(1) == 0).all()
-    assert factor.tril(-1).abs().min() > 0  # correlations are there
+    assert (factor.diagonal(dim1=-2, dim2=-1) > 0).all() and (factor == factor.tril()).all()
+    assert (factor[:, [1, 2, 2], [0, 0, 1]] != 0).all()  # correlations are there
     white = torch.linalg.solve_triangular(
         factor, (q.rsample((4000,)) - q.mean).unsqueeze(-1), upper=False
     ).squeeze(-1)
@@ -202,9 +205,7 @@ def test_point_guide_is_on_its_grid_with_a_straight_gradient():
     # the loss as a function of z, and dz = df straight through
     z.requires_grad_()
     base = dist.Logistic(torch.zeros(3).double(), torch.ones(3).double())
-    by_hand = -(
-        log_bin_mass(base, z, 0.5).sum() + model.vae.decode(z).log_prob(x).sum()
-    )
+    by_hand = -(log_bin_mass(base, z, 0.5).sum() + model.vae.decode(z).log_prob(x).sum())
     (dz,) = torch.autograd.grad(by_hand, z)
     want = torch.autograd.grad((guide.encoder(x) * dz).sum(), parameters)
     for a, b in zip(gradients, want, strict=True):

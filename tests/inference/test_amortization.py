@@ -1,4 +1,4 @@
-"""The amortization gap where both ELBOs are known: linear-Gaussian models, deliberately bad encoders."""
+"""The amortization gap where both ELBOs are known: a linear-Gaussian model, bad encoders."""
 
 import pyro
 import pyro.distributions as dist
@@ -73,12 +73,12 @@ def test_known_gap(family):
 
 
 def test_no_gap_at_the_optimum():
-    """The exact posterior has ELBO = ln p(y) for every draw; no search improves on it."""
+    """The exact posterior has ELBO = ln p(y) at every draw, and the search has no gradient."""
     result = amortization_gap(
-        model, guide_of(best("full")), Y, num_steps=50, num_repetitions=5, learning_rate=0.01
+        model, guide_of(best("full")), Y, num_steps=5, num_repetitions=5, learning_rate=1e-6
     )
     torch.testing.assert_close(result.elbo_encoder, exact_elbo(best("full")))
-    assert (result.gap.abs() < 1e-2).all()
+    assert (result.gap.abs() < 1e-9).all()
 
 
 def test_programs_and_generators_are_left_alone():

@@ -10,14 +10,8 @@ import scipy.stats
 import torch
 
 from lvppl.errors import ProgramError
-from lvppl.inference.likelihood import (
-    _AddressedDraws,
-    _mix,
-    _mix_int,
-    _Noise,
-    _signed,
-    log_likelihood,
-)
+from lvppl.inference.addressed import AddressedDraws, _mix, _mix_int, _Noise, _signed
+from lvppl.inference.likelihood import log_likelihood
 from lvppl.inference.psis import psis
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -583,7 +577,7 @@ def test_bad_data_and_programs():
 def drawn(fn, particles=200, data=100):
     """One site with an outer particle axis, drawn from addressed noise."""
     unaddressed = set()
-    draws = _AddressedDraws(3, "data", 0, 0, unaddressed)
+    draws = AddressedDraws(3, "data", 0, 0, unaddressed)
     plates = pyro.plate("data", data, dim=-1), pyro.plate("_particles", particles, dim=-2)
     with draws, plates[0], plates[1]:
         value = pyro.sample("z", fn)

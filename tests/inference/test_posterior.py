@@ -59,7 +59,7 @@ def assert_frequencies(states: Tensor, probabilities: Tensor) -> None:
     assert bool(((drawn - probabilities).abs() <= K * error + 8 / len(states)).all())
 
 
-# ------------------------------------------------------------------------------------ exact answers
+# ---------------------------------------------------------------------- exact answers
 
 
 def test_exact_guide_gives_the_posterior_and_the_evidence() -> None:
@@ -126,7 +126,7 @@ def test_prior_draws_are_of_the_prior() -> None:
     torch.testing.assert_close(prior.predictive_mean["y"], prior.samples["z"])
 
 
-# -------------------------------------------------------------------------------- enumerated latents
+# ---------------------------------------------------------------------- enumerated latents
 
 
 def test_latents_that_the_model_enumerates_are_drawn_from_their_responsibilities() -> None:
@@ -164,7 +164,7 @@ def test_what_the_guide_enumerates_is_drawn_from_it(name: str) -> None:
     assert_mean(drawn.log_weight.exp(), evidence.detach().exp())
 
 
-# ------------------------------------------------------------------------------------------- shapes
+# ---------------------------------------------------------------------- shapes
 
 
 def test_plates_and_event_dimensions() -> None:
@@ -226,7 +226,7 @@ def test_particles_that_run_as_a_loop() -> None:
     assert any("loop" in note for note in drawn.notes)
 
 
-# -------------------------------------------------------------------------------- passes and batches
+# ---------------------------------------------------------------------- passes and batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 50])
@@ -276,7 +276,7 @@ def test_nothing_requires_a_gradient() -> None:
         assert not tensor.requires_grad
 
 
-# ----------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------- refusals
 
 
 def test_refusals() -> None:

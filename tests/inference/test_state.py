@@ -19,10 +19,13 @@ Y = torch.linspace(-1, 3, 12, dtype=torch.float64)[:, None]
 
 @pytest.fixture(autouse=True)
 def clean():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+    torch.set_num_threads(threads)
 
 
 def by_param():

@@ -97,7 +97,7 @@ GLOBAL_CASES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- LOO
+# ---------------------------------------------------------------------- LOO
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def exported(case: str) -> Any:
 
 
 def loo_standard_error(log_likelihood: np.ndarray, ess: float) -> float:
-    """Delta-method standard error of the sum of ln of 1 / mean(1 / p_n), for draws of weight one."""
+    """Delta-method standard error of the sum over n of ln of 1 / mean(1 / p_n)."""
     inverse = np.exp(-log_likelihood)
     scores = (inverse / inverse.mean(0) - 1).sum(-1)
     return float(scores.std() / math.sqrt(ess))
@@ -210,7 +210,7 @@ def test_enumerated_locals_are_summed_exactly() -> None:
     assert export["posterior"]["k"].dims == ("chain", "draw", "data")
 
 
-# ------------------------------------------------------------------------------------ where LOO fails
+# ---------------------------------------------------------------------- where LOO fails
 
 
 def test_point_parameters_have_no_loo() -> None:
@@ -258,7 +258,7 @@ def test_bad_weights_are_named() -> None:
     assert attrs["loo"].startswith("unreliable: ")
 
 
-# --------------------------------------------------------------------------------- every program
+# ---------------------------------------------------------------------- every program
 
 
 def built_record(name: str) -> tuple[Any, tuple[Any, ...]]:
@@ -283,7 +283,7 @@ def test_every_program_has_a_summary_and_a_file(name: str, tmp_path: Any) -> Non
     assert again["posterior"].attrs["loo"] == export["posterior"].attrs["loo"]
 
 
-# ------------------------------------------------------------------------------ dims, coords, groups
+# ---------------------------------------------------------------------- dims, coords, groups
 
 
 def test_dims_follow_plates_and_events() -> None:
@@ -318,21 +318,24 @@ def test_dims_follow_plates_and_events() -> None:
         to_arviz(record(nested, guide), x, y=y, num_samples=5, coords={"groups": [1, 2, 3]})
 
 
-def test_a_plate_named_like_its_site(tmp_path: Any) -> None:
-    def model(y: Tensor) -> None:
-        with pyro.plate("y", len(y)):
-            z = pyro.sample("net/z", dist.Normal(torch.zeros_like(y), 1.0))
+def test_names_that_files_cannot_hold(tmp_path: Any) -> None:
+    """An argument named like a plate would be taken for its coordinate, a slash for a group."""
+
+    def model(data: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("net/z", dist.Normal(data, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    def guide(y: Tensor) -> None:
-        with pyro.plate("y", len(y)):
-            pyro.sample("net/z", dist.Normal(torch.zeros_like(y), 1.0))
+    def guide(data: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("net/z", dist.Normal(data, 1.0))
 
-    export = to_arviz(record(model, guide), Y, num_samples=3)
-    assert export["posterior"]["net|z"].dims == ("chain", "draw", "y")
-    assert export["observed_data"]["y"].dims == ("y_plate",)
-    assert export["posterior_predictive"]["y"].dims == ("chain", "draw", "y_plate")
+    export = to_arviz(record(model, guide), 0.5 * Y, Y, num_samples=3)
+    assert export["posterior"]["net|z"].dims == ("chain", "draw", "data")
+    assert export["constant_data"]["data"].dims == ("data_plate",)
     export.to_netcdf(str(tmp_path / "clash.nc"))
+    again = az.from_netcdf(str(tmp_path / "clash.nc"))
+    np.testing.assert_array_equal(again["constant_data"]["data"].values, 0.5 * Y)
 
 
 def test_attributes() -> None:
@@ -394,7 +397,7 @@ def test_needs_two_inner_draws() -> None:
         to_arviz(record(shared, theta_guide(0.0, 1.0)), Y, num_inner=1)
 
 
-# ------------------------------------------------------------------------------------ both versions
+# ---------------------------------------------------------------------- both versions
 
 
 def test_either_version_gets_its_own_container(monkeypatch: pytest.MonkeyPatch) -> None:

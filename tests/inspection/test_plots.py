@@ -94,7 +94,7 @@ def test_pictures_are_written(tmp_path: Any) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
 
 
-# ------------------------------------------------------------------------------------ what is drawn
+# ---------------------------------------------------------------------- what is drawn
 
 
 def test_training_curve_draws_the_negative_elbo_and_its_parts() -> None:

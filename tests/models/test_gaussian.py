@@ -86,7 +86,7 @@ def test_linear_gaussian_by_conditioning_the_joint_normal(cls, D, d):
 
 @pytest.mark.parametrize("cls", [FactorAnalysis, ProbabilisticPCA])
 def test_the_program_is_the_algebra(cls):
-    """Bayes: ln p(y) = ln p(y, z) − ln p(z | y), for every z; and its gradient through the program."""
+    """Bayes: ln p(y) = ln p(y, z) − ln p(z | y) at any z, and the gradients of both sides."""
     model = _random_factor_analysis(cls, 4, 2)
     y, z = torch.randn(3, 4).double(), torch.randn(3, 2).double()
     evidence = model.log_evidence(y).sum()

@@ -1,4 +1,4 @@
-"""Every program means the same under an outer plate of particles, on a minibatch, in either dtype."""
+"""Every program means the same under a plate of particles, on a minibatch, in either dtype."""
 
 from functools import partial
 
@@ -68,6 +68,10 @@ def make(name, dtype=torch.float64):
     return model, torch.randint(2, (5, *x_shape)).to(dtype)
 
 
+def plates(node):
+    return [frame.name for frame in node["cond_indep_stack"]]
+
+
 def latents(trace):
     names = [name for name in trace.stochastic_nodes if name != "data"]  # not the plate itself
     return {name: trace.nodes[name]["value"] for name in names}
@@ -82,8 +86,7 @@ def test_particles_equal_a_loop_over_them(name):
     for i in range(NUM_PARTICLES):
         values = {}
         for site, value in latents(together).items():
-            plates = [frame.name for frame in together.nodes[site]["cond_indep_stack"]]
-            values[site] = value[i] if "data" in plates else value[i, 0]
+            values[site] = value[i] if "data" in plates(together.nodes[site]) else value[i, 0]
         alone = poutine.trace(poutine.condition(model, values)).get_trace(x)
         alone.compute_log_prob()
         for site, node in alone.nodes.items():
@@ -101,14 +104,17 @@ def test_a_minibatch_has_the_terms_of_its_data(name):
     full.compute_log_prob()
     rows = torch.tensor([4, 1])
     values = {
-        site: value[rows] if "data" in [f.name for f in full.nodes[site]["cond_indep_stack"]] else value
+        site: value[rows] if "data" in plates(full.nodes[site]) else value
         for site, value in latents(full).items()
     }
     batch = poutine.trace(poutine.condition(model, values)).get_trace(x[rows])
     batch.compute_log_prob()
     observed = "x" if "x" in batch.nodes else "y"
     torch.testing.assert_close(
-        batch.nodes[observed]["log_prob"], full.nodes[observed]["log_prob"][rows], rtol=1e-10, atol=0
+        batch.nodes[observed]["log_prob"],
+        full.nodes[observed]["log_prob"][rows],
+        rtol=1e-10,
+        atol=0,
     )
 
 

@@ -61,7 +61,9 @@ def test_pixels_are_independent():
 def test_extreme_parameters_have_gradients(likelihood, levels, dtype):
     module = likelihood((1,))
     grid = torch.tensor([-1e4, -100.0, -10.0, 0.0, 10.0, 100.0, 1e4], dtype=dtype)
-    raw = torch.cartesian_prod(*[grid] * module.num_parameters).reshape(-1, module.num_parameters, 1)
+    raw = torch.cartesian_prod(*[grid] * module.num_parameters).reshape(
+        -1, module.num_parameters, 1
+    )
     raw.requires_grad_()
     x = torch.tensor([levels[0], levels[-1], levels[len(levels) // 2]], dtype=dtype)
     log_prob = module(raw).log_prob(x[:, None, None])

@@ -177,7 +177,7 @@ def test_a_point_guide_over_a_continuous_latent_is_refused():
         with pyro.plate("data", len(y)):
             pyro.sample("z", dist.Delta(y))
 
-    with pytest.raises(lvppl.ProgramError, match="no code length.*Quantise"):
+    with pytest.raises(lvppl.ProgramError, match=r"no code length.*Quantise"):
         lvppl.RateDistortion().loss(channel_model, point_guide, source(5))
 
 
