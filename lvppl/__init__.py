@@ -6,11 +6,13 @@ For a generative program p(z, y) and a guide q(z | y),
 
 Write model and guide as ordinary Pyro programs, then check, fit, measure and inspect:
 
->>> lvppl.check(model, guide, y)                                    # doctest: +SKIP
->>> fit = lvppl.SVI(model, guide, objective=lvppl.ELBO()).fit(y, num_epochs=50)  # doctest: +SKIP
->>> fit.log_likelihood(y_test, num_samples=5000)                    # doctest: +SKIP
->>> lvppl.to_arviz(fit, y_test)                                     # doctest: +SKIP
+    print(lvppl.check(model, guide, y))
+    fit = lvppl.SVI(model, guide, objective=lvppl.ELBO()).fit(y, num_epochs=50, batch_size=100)
+    print(fit.log_likelihood(y_test, num_samples=5000))
+    lvppl.to_arviz(fit, y_test)
 """
+
+from pathlib import Path as _Path
 
 from lvppl import data
 from lvppl.checks import CheckReport, check
@@ -57,3 +59,9 @@ __all__ = [
     "to_arviz",
     "trace_terms",
 ]
+
+# In a source tree models/ and guides/ lie beside this folder; python started there finds this
+# folder before an installed lvppl, and lvppl.models must be found all the same.
+_tree = _Path(__file__).resolve().parent.parent
+if (_tree / "setup.cfg").is_file() and (_tree / "models" / "__init__.py").is_file():
+    __path__.append(str(_tree))

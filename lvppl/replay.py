@@ -84,11 +84,13 @@ class Replay:
         self.signature = signature_of([*self.model_sites.values()], [*self.guide_sites.values()])
         check_same_subsamples(model_trace, guide_trace)
         self.layout = self._current(layout)
-        if not self.batched:
-            # some flows know ln q at their latest draw only, which the next replay replaces
-            for site in self.guide_sites.values():
-                self.log_prob(site)
         self._noise = self._match(strict and guide is not None)
+
+    def evaluate_guide(self) -> Replay:
+        """Evaluate ln q now: some flows know it at their latest draw only."""
+        for site in self.guide_sites.values():
+            self.log_prob(site)
+        return self
 
     def _current(self, layout: Layout) -> Layout:
         """The layout with this run's own plate sizes: full sizes are not part of the structure."""

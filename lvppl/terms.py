@@ -68,13 +68,14 @@ def trace_terms(
             strict=strict,
             refresh=attempt > 0,
         )
-        batched = num_particles > 1 and not layout.loop_reason
-        runs = [
-            Replay(
-                model, guide, args, kwargs, layout, num_particles if batched else None, strict, cut
-            )
-            for _ in range(1 if batched else num_particles)
-        ]
+        setting = (model, guide, args, kwargs, layout)
+        if num_particles == 1:
+            runs = [Replay(*setting, None, strict, cut)]
+        elif not layout.loop_reason:
+            runs = [Replay(*setting, num_particles, strict, cut)]
+        else:
+            loop = range(num_particles)
+            runs = [Replay(*setting, None, strict, cut).evaluate_guide() for _ in loop]
         if all(run.fits(layout) for run in runs):
             return Terms(runs, num_particles)
     raise ProgramError(
