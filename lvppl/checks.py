@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Unit
 from torch import Tensor
 
-from lvppl.errors import ProgramError
-from lvppl.layout import check_same_space, layout_of
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.layout import layout_of
+from lvppl.matching import check_same_space, first_index, has_no_density, no_density
 from lvppl.terms import trace_terms
 from lvppl.tracing import (
     is_enumerated,
+    is_point,
     kind_of,
     plates_of,
     sample_sites,
+    support_of,
     trace_pair,
+    traced,
     undisturbed,
 )
 from lvppl.verdict import Verdict, verdict_on_evidence
@@ -158,10 +162,11 @@ def check(
         _run_once(model, guide, args, kwargs, strict)
         layout = layout_of(model, guide, args, kwargs, strict=strict)
         model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-        _check_sites(model_trace, args)
+        _check_sites(model_trace, strict)
         rows = _rows(model_trace, guide_trace, has_guide=guide is not None)
         if all(row.computable for row in rows):
             terms = trace_terms(model, guide, args, kwargs, strict=strict)
+            terms.elbo("sampled")  # what the losses would refuse is refused here
             notes = terms.notes
             if strict:
                 _check_finite(terms)
@@ -245,26 +250,15 @@ def _samplable(site: Any) -> tuple[bool, str]:
 
 def _computable(site: Any) -> tuple[bool, str]:
     name, fn = site["name"], site["fn"]
-    point = _point(fn)
-    if site["is_observed"] and point is not None and point.v.is_floating_point():
-        return False, (
-            f"'{name}' is a deterministic observation on a continuous space: it has no density, so "
-            "ln P(y | z) and ln P(y) cannot be computed (a GAN's generator). Add observation "
-            "noise, or use an objective that needs samples only."
-        )
+    if has_no_density(site):
+        return False, no_density(name)
     try:
         fn.log_prob(site["value"])
     except NotImplementedError:
         return False, f"'{name}' ({kind_of(fn)}) can be sampled but has no density."
+    except (RuntimeError, TypeError, ValueError):
+        pass  # it has a density, which fails on these data: evaluating the terms says how
     return True, ""
-
-
-def _point(fn: Any) -> Delta | None:
-    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
-        if getattr(fn, "_mask", None) is False:
-            return None
-        fn = fn.base_dist
-    return fn if isinstance(fn, Delta) else None
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -285,58 +279,83 @@ def _check_arguments(args: Any, kwargs: Any, strict: bool) -> None:
             if bool(bad.any()):
                 raise ProgramError(
                     f"The data hold {int(bad.sum())} values that are NaN or infinite, the first in "
-                    f"{name} at index {_first(bad)}. Clean them, or pass strict=False if the "
+                    f"{name} at index {first_index(bad)}. Clean them, or pass strict=False if the "
                     "program masks them."
                 )
 
 
 def _run_once(model: Program, guide: Program | None, args: Any, kwargs: Any, strict: bool) -> None:
     """Run both, apart and then together; where torch objects, name the site it happened after."""
-    prior = _traced("model", model, args, kwargs)
+    prior = None
+    try:
+        prior = traced("model", model, args, kwargs)
+    except ProgramFailure as failure:
+        # a prior without a sampler is fine as long as the guide draws the latent
+        if guide is None or not isinstance(failure.__cause__, NotImplementedError):
+            raise
     if guide is None:
+        _check_devices(prior or poutine.Trace(), args)
         return
-    guided = _traced("guide", guide, args, kwargs)
+    guided = traced("guide", guide, args, kwargs)
+    for trace in (prior, guided):
+        if trace is not None:
+            _check_devices(trace, args)
     for site in sample_sites(guided):
-        other = prior.nodes.get(site["name"])
+        other = None if prior is None else prior.nodes.get(site["name"])
         if other is not None and not site["is_observed"] and not other["is_observed"]:
             check_same_space(site, other, strict)
-    _traced("model, replayed against the guide,", poutine.replay(model, trace=guided), args, kwargs)
+    traced("model, replayed against the guide,", poutine.replay(model, trace=guided), args, kwargs)
 
 
-def _traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace:
-    handler = poutine.trace(program)
-    try:
-        return handler.get_trace(*args, **kwargs)
-    except ProgramError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reached = [n for n, s in handler.trace.nodes.items() if s["type"] in ("sample", "param")]
-        after = f"after site '{reached[-1]}'" if reached else "before its first site"
-        text = str(error).split("\nTrace Shapes")[0]
-        raise ProgramError(f"The {name} fails {after}: {type(error).__name__}: {text}") from error
-
-
-def _check_sites(trace: poutine.Trace, args: Any) -> None:
+def _check_devices(trace: poutine.Trace, args: Any) -> None:
     devices = {a.device for a in args if isinstance(a, Tensor)}
     for site in sample_sites(trace):
-        value, fn = site["value"], site["fn"]
+        value = site["value"]
         if isinstance(value, Tensor) and devices and value.device not in devices:
             raise ProgramError(
                 f"Site '{site['name']}' lies on {value.device}, the data on {devices.pop()}. "
                 "Create its parameters on the data's device."
             )
-        if site["is_observed"] and not isinstance(fn, Unit) and _point(fn) is None:
+
+
+def _check_sites(trace: poutine.Trace, strict: bool) -> None:
+    for site in sample_sites(trace):
+        value, fn = site["value"], site["fn"]
+        if strict and site["is_observed"]:
+            _check_not_broadcast(site)
+        if site["is_observed"] and support_of(fn) is not None and not is_point(site):
             inside = _inside(fn, value)
             if not bool(inside.all()):
                 raise ProgramError(
                     f"Observed site '{site['name']}' has values outside the support of its "
-                    f"{kind_of(fn)} ({fn.support}), the first at index {_first(~inside)}. Correct "
-                    "the data, or choose a likelihood with that support."
+                    f"{kind_of(fn)} ({fn.support}), the first at index {first_index(~inside)}. "
+                    "Correct the data, or choose a likelihood with that support."
                 )
 
 
+def _check_not_broadcast(site: Any) -> None:
+    value, event_dim = site["value"], site["fn"].event_dim
+    if not isinstance(value, Tensor):
+        raise ProgramError(
+            f"Site '{site['name']}' observes a {type(value).__name__}, not a tensor: wrap it with "
+            "torch.as_tensor."
+        )
+    shape = tuple(value.shape[: value.dim() - event_dim])
+    for plate in plates_of(site):
+        size = shape[plate.dim] if len(shape) >= -plate.dim else 1
+        if size == 1 < plate.size and not isinstance(site["fn"], Unit):
+            raise ProgramError(
+                f"Observed site '{site['name']}' has batch shape {shape}, but plate "
+                f"'{plate.name}' has size {plate.size} at dimension {plate.dim}: one value would "
+                f"be counted {plate.size} times. Give it the plate's size, or expand it yourself."
+            )
+
+
 def _inside(fn: Any, value: Tensor) -> Tensor:
-    inside = torch.as_tensor(fn.support.check(value))
+    try:
+        inside = torch.as_tensor(fn.support.check(value))
+    except RuntimeError:  # shapes that do not broadcast: the log-probability says more
+        return torch.tensor(True)
     mask = getattr(fn, "_mask", None)
     return inside | ~mask if isinstance(mask, Tensor) else inside
 
@@ -347,7 +366,7 @@ def _check_finite(terms: Any) -> None:
         if not allow:
             bad |= log_prob == -math.inf
         if bool(bad.any()):
-            index = _first(bad[0])
+            index = first_index(bad[0])
             value = log_prob[bad].flatten()[0]
             where = f" at index {index} of its plates {list(plates)}" if index else ""
             raise ProgramError(
@@ -355,10 +374,6 @@ def _check_finite(terms: Any) -> None:
                 "distribution's arguments there: a scale of zero, an overflow, or data that the "
                 "model excludes. strict=False lets it pass."
             )
-
-
-def _first(bad: Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in bad.nonzero()[0])
 
 
 # --------------------------------------------------------------------------------------- printing

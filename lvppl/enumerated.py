@@ -29,6 +29,7 @@ class Enumerated:
         factors: the sites whose log-probability has enumerated dimensions, with that
             log-probability: masked, unscaled, expanded over its plates.
         layout: the structure of the pair.
+        queries: further sites whose tensors are to be averaged.
         averaged: only averages are wanted, not ``log_evidence``. They are linear in what is
             averaged, so that plates may be subsampled anywhere.
     """
@@ -38,6 +39,7 @@ class Enumerated:
         factors: Mapping[str, tuple[Any, Tensor]],
         layout: Layout,
         *,
+        queries: Mapping[str, tuple[Any, Tensor]] | None = None,
         averaged: bool = False,
     ) -> None:
         self.layout = layout
@@ -45,6 +47,8 @@ class Enumerated:
         self._symbols: dict[str, str] = {}
         packed = [self._pack(site, log_prob) for site, log_prob in self.factors.values()]
         self._packed = packed
+        self.queries = {**self.factors, **(queries or {})}
+        self._asked = [self._pack(site, tensor) for site, tensor in self.queries.values()]
         plates = {self._symbols[name] for name in self._symbols}
         self.eliminate = {s for factor in packed for s in dims_of(factor)} - plates
         if not averaged:
@@ -88,21 +92,13 @@ class Enumerated:
         return number_of_terms(self._packed, self.eliminate)
 
     def average(self, name: str, cost: Tensor) -> Tensor:
-        """E[cost] over the enumerated dimensions of a factor's site, those dimensions gone.
+        """E[cost] over the enumerated dimensions of a factor or query, those dimensions gone.
 
         Args:
-            name: a factor's site.
-            cost: shaped as the factor's log-probability, possibly with event dimensions after it.
+            name: of the factor or query.
+            cost: shaped as its tensor, possibly with event dimensions after it.
         """
-        return self.average_over(self._marginals[name], cost)
-
-    def marginal(self, site: Any, tensor: Tensor) -> Tensor:
-        """Marginal over the enumerated dimensions of a tensor of any site, shaped as it."""
-        packed = self._pack(site, tensor)
-        (found,) = marginals(self._packed, [packed], eliminate=self.eliminate, plates=self.plates)
-        return found.reshape(tensor.shape)
-
-    def average_over(self, marginal: Tensor, cost: Tensor) -> Tensor:
+        marginal = self._marginals[name]
         event_dim = cost.dim() - marginal.dim()
         marginal = marginal.reshape(marginal.shape + (1,) * event_dim)
         # 0 x inf: what is impossible costs nothing
@@ -112,10 +108,10 @@ class Enumerated:
 
     @cached_property
     def _marginals(self) -> dict[str, Tensor]:
-        found = marginals(self._packed, self._packed, eliminate=self.eliminate, plates=self.plates)
+        found = marginals(self._packed, self._asked, eliminate=self.eliminate, plates=self.plates)
         return {
-            name: marginal.reshape(log_prob.shape)
-            for (name, (_, log_prob)), marginal in zip(self.factors.items(), found, strict=True)
+            name: marginal.reshape(tensor.shape)
+            for (name, (_, tensor)), marginal in zip(self.queries.items(), found, strict=True)
         }
 
     # ------------------------------------------------------------------------------------ packing

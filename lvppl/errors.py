@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ProgramError"]
+__all__ = ["ProgramError", "ProgramFailure"]
 
 
 class ProgramError(ValueError):
@@ -10,3 +10,7 @@ class ProgramError(ValueError):
 
     Raised before a wrong number can be computed: lvppl refuses rather than warns.
     """
+
+
+class ProgramFailure(ProgramError):
+    """A model or guide raised while it ran; ``__cause__`` is what it raised."""

@@ -30,6 +30,8 @@ from lvppl.inference.svi import first_run
 from lvppl.inference.training import Evaluation
 from lvppl.objectives import ELBO
 from lvppl.seeding import seeded
+from lvppl.terms import trace_terms
+from lvppl.tracing import undisturbed
 
 __all__ = ["load", "save"]
 
@@ -45,10 +47,17 @@ def save(fit: Fit, folder: str | PathLike[str]) -> None:
     interruption leaves the fit of before. The first rows of the data are written too (all of them
     for a fit without minibatches): the program is run on them when the fit is loaded.
 
-    :raises ProgramError: if the arguments of the program are neither tensors nor plain values.
+    :raises ProgramError: if the arguments of the program are neither tensors nor plain values, or
+        ``folder`` is a file.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ProgramError(
+            f"a fit is saved into a folder, but {folder} is a file, or inside of one. Give another "
+            "path, or remove the file."
+        ) from error
     params, buffers = fit.state.values()
     record = {name: getattr(fit, name) for name in _RECORD}
     args, kwargs = fit.prototype if fit.prototype is not None else ((), {})
@@ -90,7 +99,7 @@ def load(
     :param objective: what ``fit.report`` uses; default ``lvppl.ELBO()``.
     :param device: where modules and tensors go; default where the modules are, else the CPU.
     :raises ProgramError: if there is no such file, if it is truncated or not one of lvppl's, or if
-        the program makes other parameters: which, and how they differ.
+        the program makes other parameters or sites: which, and how they differ.
     """
     content = _read(Path(folder) / "fit.pt")
     modules = modules_of(model, guide)
@@ -119,6 +128,9 @@ def load(
     require_same("parameter", state.tensors(), params)
     require_same("buffer", state.buffers(), content["buffers"])
     state.finish((params, content["buffers"]))
+    with state.active(), undisturbed():
+        # Sites that do not fit each other, such as those of a guide in the model's place.
+        trace_terms(model, guide, args, kwargs, strict=content["settings"].get("strict", True))
     checkpoint = content["checkpoint"]
     return Fit(
         model=model,
@@ -137,7 +149,10 @@ def load(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ProgramError(f"there is no fit in {path.parent}: {path.name} is missing")
+        raise ProgramError(
+            f"there is no fit in {path.parent}: {path.name} is missing. Give the folder that "
+            "fit.save(folder) wrote."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, BadZipFile, ValueError, OSError) as e:
@@ -146,11 +161,15 @@ def _read(path: Path) -> dict[str, Any]:
             f"({type(e).__name__}: {str(e)[:200]}). Save the fit again."
         ) from e
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ProgramError(f"{path} was not written by lvppl.save")
+        raise ProgramError(
+            f"{path} was not written by lvppl.save. Give the folder that fit.save(folder) wrote; "
+            "weights of a module are read with torch.load."
+        )
     if content["version"] != _VERSION:
         raise ProgramError(
             f"{path} has format version {content['version']}, but this lvppl reads version "
-            f"{_VERSION}; it was written by lvppl {content['versions'].get('lvppl')}"
+            f"{_VERSION}; it was written by lvppl {content['versions'].get('lvppl')}. "
+            "Read it with that version, or fit again."
         )
     return content
 

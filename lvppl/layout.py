@@ -9,21 +9,21 @@ keeps its meaning when all particles run in one batch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lvppl.errors import ProgramError
+from lvppl.matching import check_same_space, check_site
 from lvppl.particles import why_looped
 from lvppl.tracing import (
     Message,
     Plate,
     Program,
     is_enumerated,
-    kind_of,
     plates_of,
     sample_sites,
     subsampled_plates,
@@ -31,7 +31,7 @@ from lvppl.tracing import (
     undisturbed,
 )
 
-__all__ = ["Layout", "check_same_space", "layout_of"]
+__all__ = ["Layout", "describe", "layout_of", "signature_of"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,21 @@ class Layout:
     """Why particles run one by one; empty when they run in one batch."""
 
 
-_Known = dict[Any, Layout]
-_LAYOUTS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Known]]
-_LAYOUTS = weakref.WeakKeyDictionary()
+class _Entry(NamedTuple):
+    layout: Layout
+    modes: tuple[tuple[weakref.ref[torch.nn.Module], bool], ...]
+    """The modules that ran, and whether each was training: batch statistics depend on it."""
+
+    def holds(self) -> bool:
+        return all(
+            module is not None and module.training == training
+            for module, training in ((reference(), training) for reference, training in self.modes)
+        )
+
+
+_MOST_ENTRIES = 64
+_Known = dict[Any, _Entry]
+_LAYOUTS: MutableMapping[Any, MutableMapping[Any, _Known]] = WeakIdKeyDictionary()
 
 
 def _no_guide() -> None:
@@ -88,16 +100,20 @@ def layout_of(
         ProgramError: plates or shapes that contradict each other, by site and plate.
     """
     cache, key = _remembered(model, guide, args, kwargs, (data_plate, strict))
-    layout = None if refresh else cache.get((key, True))
-    if layout is None and not (refresh or with_particles):
-        layout = cache.get((key, False))
-    if layout is None:
-        with undisturbed():
-            layout = _probe(model, guide, args, kwargs, data_plate, strict)
-            if with_particles:
-                reason = why_looped(model, guide, args, kwargs, layout.nesting)
-                layout = replace(layout, loop_reason=reason)
-        cache[key, with_particles] = layout
+    if not refresh:
+        for known in (True,) if with_particles else (True, False):
+            entry = cache.get((key, known))
+            if entry is not None and entry.holds():
+                return entry.layout
+    with undisturbed() as modules:
+        layout = _probe(model, guide, args, kwargs, data_plate, strict)
+        if with_particles:
+            reason = why_looped(model, guide, args, kwargs, layout.nesting)
+            layout = replace(layout, loop_reason=reason)
+    modes = {id(module): (weakref.ref(module), module.training) for module in modules}
+    if len(cache) >= _MOST_ENTRIES:
+        cache.clear()
+    cache[key, with_particles] = _Entry(layout, tuple(modes.values()))
     return layout
 
 
@@ -109,25 +125,25 @@ def _remembered(
     owners = [getattr(program, "__self__", program) for program in programs]
     key = (
         tuple(getattr(program, "__func__", None) for program in programs),
-        tuple(getattr(owner, "training", None) for owner in owners),
         _signature((args, dict(kwargs))),
         _signature(options),
     )
     try:
-        by_guide = _LAYOUTS.setdefault(owners[0], weakref.WeakKeyDictionary())
+        by_guide = _LAYOUTS.setdefault(owners[0], WeakIdKeyDictionary())
         return by_guide.setdefault(owners[1], {}), key
-    except TypeError:  # not hashable, or no weak references: probe at each call
+    except TypeError:  # no weak references, as for a built-in function: probe at each call
         return {}, key
 
 
 def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
+    """What of an argument can change the structure; a run that differs all the same is noticed."""
     if isinstance(value, Mapping):
         return tuple((name, _signature(item)) for name, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(_signature(item) for item in value)
-    return value if isinstance(value, int | float | str | bool | None) else id(value)
+    if isinstance(value, int | str | bool | None):
+        return value
+    return type(value), *(getattr(value, name, None) for name in ("shape", "dtype", "device"))
 
 
 def _probe(
@@ -140,20 +156,32 @@ def _probe(
 ) -> Layout:
     model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+    if not model_sites:
+        raise ProgramError(
+            "The model has no sample site: there is nothing to compute. Write pyro.sample(..., "
+            "obs=data) for what is observed, and pyro.sample for what is latent."
+        )
     for program, sites in (("model", model_sites), ("guide", guide_sites)):
         for site in sites:
-            _check_shape(program, site)
+            check_site(program, site)
     for site in guide_sites:
         other = model_trace.nodes.get(site["name"])
         if other is not None and not site["is_observed"] and not other["is_observed"]:
             check_same_space(site, other, strict)
-    sites = model_sites + guide_sites
+    return describe(model_sites, guide_sites, data_plate)
+
+
+def describe(
+    model_sites: Sequence[Message], guide_sites: Sequence[Message], data_plate: Any = None
+) -> Layout:
+    """The layout that the sites of one run, without particles and enumeration, have."""
+    sites = [*model_sites, *guide_sites]
     data_plates = _data_plates(sites, data_plate)
     names = {plate.name for plate in data_plates}
     model_order = [site["name"] for site in model_sites if not site["is_observed"]]
     guide_order = [site["name"] for site in guide_sites if not site["is_observed"]]
     # a latent without a guide is drawn from its prior
-    drawn = guide_sites + [
+    drawn = [*guide_sites] + [
         site for site in model_sites if not site["is_observed"] and site["name"] not in guide_order
     ]
     return Layout(
@@ -180,55 +208,6 @@ def signature_of(
         for i, sites in enumerate((model_sites, guide_sites))
         for s in sites
     )
-
-
-def _check_shape(program: str, site: Message) -> None:
-    if site["infer"].get("enumerate") == "sequential":
-        raise ProgramError(
-            f"Site '{site['name']}' of the {program} is marked for sequential enumeration, which "
-            'lvppl does not use: write infer={"enumerate": "parallel"}.'
-        )
-    plates = {plate.dim: plate for plate in plates_of(site)}
-    shape = tuple(site["fn"].batch_shape)
-    for dim in range(-len(shape), 0):
-        size, plate = shape[dim], plates.get(dim)
-        if size != 1 and plate is None:
-            raise ProgramError(
-                f"Site '{site['name']}' of the {program} has batch shape {shape}, whose size "
-                f"{size} at dimension {dim} belongs to no plate. Declare it independent with "
-                f"pyro.plate(..., {size}, dim={dim}), or make it part of one draw with "
-                f".to_event({-dim})."
-            )
-        if plate is not None and size not in (1, plate.size):
-            raise ProgramError(
-                f"Site '{site['name']}' of the {program} has batch shape {shape}, but plate "
-                f"'{plate.name}' has size {plate.size} at dimension {dim}. Give the distribution "
-                f"that size there, or correct the plate."
-            )
-
-
-def check_same_space(guide_site: Message, model_site: Message, strict: bool) -> None:
-    name, q, p = guide_site["name"], guide_site["fn"], model_site["fn"]
-    if tuple(q.event_shape) != tuple(p.event_shape):
-        raise ProgramError(
-            f"Site '{name}' has event shape {tuple(p.event_shape)} in the model and "
-            f"{tuple(q.event_shape)} in the guide. Give both the same shape; .to_event(n) moves "
-            "the n rightmost batch dimensions into the event."
-        )
-    in_model, in_guide = ({p.name for p in plates_of(s)} for s in (model_site, guide_site))
-    if strict and in_model != in_guide:
-        raise ProgramError(
-            f"Site '{name}' lies in plates {sorted(in_model) or 'none'} in the model and in "
-            f"{sorted(in_guide) or 'none'} in the guide. Use plates of the same names in both, or "
-            "pass strict=False if the difference is intended."
-        )
-    inside = p.support.check(guide_site["value"])
-    if not bool(torch.as_tensor(inside).all()):
-        raise ProgramError(
-            f"Site '{name}' is drawn by the guide from {kind_of(q)} outside the support of the "
-            f"model's {kind_of(p)} ({p.support}): ln p is not defined there. Use a guide "
-            "distribution of the same support, for instance a transformed one."
-        )
 
 
 def _data_plates(sites: Sequence[Message], wanted: Any) -> tuple[Plate, ...]:

@@ -12,19 +12,22 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from lvppl.enumerated import Enumerated, user_scale
-from lvppl.errors import ProgramError
-from lvppl.layout import Layout, signature_of
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
 from lvppl.tracing import (
+    is_discrete,
     is_enumerated,
     is_masked,
     is_point,
+    kind_of,
     plates_of,
     sample_sites,
     subsampled_plates,
@@ -115,11 +118,28 @@ class Replay:
             for n, s in self.guide_sites.items()
             if not s["is_observed"] and n not in latent and not s["infer"].get("is_auxiliary")
         }
+        seen = {
+            n
+            for n, s in self.guide_sites.items()
+            if s["is_observed"]
+            and not isinstance(s["fn"], Unit)
+            and s["mask"] is not False
+            and getattr(s["fn"], "_mask", None) is not False
+        }
         if strict:
-            refuse_mismatch(missing, sorted(extra), self.model_sites)
+            refuse_mismatch(missing, sorted(extra), sorted(seen), self.model_sites)
         for name in missing:
             self.guide_sites[name] = self.model_sites[name]
-        return frozenset(extra)
+        return frozenset(extra | seen)
+
+    def take_own_layout(self, data_plate: Any) -> None:
+        """For a program whose structure changes from run to run: what this run looks like."""
+        found = describe([*self.model_sites.values()], self._guide_alone(), data_plate)
+        self.layout = self._current(replace(found, loop_reason="its sites change from run to run"))
+
+    def _guide_alone(self) -> list[Any]:
+        adopted = set(self.adopted())
+        return [site for name, site in self.guide_sites.items() if name not in adopted]
 
     def fits(self, layout: Layout) -> bool:
         """Whether this run has the structure that was found before."""
@@ -173,7 +193,7 @@ class Replay:
             and not is_point(self.model_sites[name])
             and not site["infer"].get("is_auxiliary")
             and not any(s["infer"].get("is_auxiliary") for s in self.guide_sites.values())
-            and not self.model_sites[name]["fn"].support.is_discrete
+            and not is_discrete(self.model_sites[name])
         ]
 
     # -------------------------------------------------------------------------------- log-terms
@@ -193,19 +213,37 @@ class Replay:
     def log_prob(self, site: Any) -> Tensor:
         """The site's raw log-probability, masked, unscaled, expanded over its plates."""
         if "lvppl_log_prob" not in site:
-            try:
-                raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            except ValueError as error:
-                raise ProgramError(f"Site '{site['name']}': {error}") from error
-            except (KeyError, NotImplementedError) as error:
-                raise ProgramError(
-                    f"Site '{site['name']}': the density of {type(site['fn']).__name__} at a given "
-                    f"value is not available ({error}). A transform without an inverse can be "
-                    "evaluated at its own draws only: use gradient='standard'."
-                ) from error
-            site["lvppl_log_prob"] = scale_and_mask(self.full(raw, site), 1.0, site["mask"])
+            raw = self.full(self._log_density(site, site["fn"]), site)
+            site["lvppl_log_prob"] = scale_and_mask(raw, 1.0, site["mask"])
         result: Tensor = site["lvppl_log_prob"]
         return result
+
+    @staticmethod
+    def _log_density(site: Any, fn: Any) -> Tensor:
+        try:
+            result: Tensor = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+            return result
+        except KeyError as error:
+            raise ProgramError(
+                f"Site '{site['name']}': a transform of its {kind_of(fn)} has no inverse, so that "
+                "its density is known at its own draws only. Use gradient='standard'."
+            ) from error
+        except NotImplementedError as error:
+            raise ProgramError(
+                f"Site '{site['name']}' ({kind_of(fn)}) has no density: log_prob is not "
+                "implemented. Use a distribution that has one."
+            ) from error
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            text = str(error).split("\n\n")[0]
+            value = site["value"]
+            if not isinstance(value, Tensor):
+                text = f"{text}. Its value is a {type(value).__name__}: use torch.as_tensor."
+            elif not value.is_floating_point():
+                text = f"{text}. Its value is {value.dtype}: a float may be wanted, .float()."
+            raise ProgramFailure(
+                f"The log-probability of site '{site['name']}' ({kind_of(fn)}) fails: {text} "
+                "lvppl.check(model, guide, *data) says where."
+            ) from error
 
     def full(self, tensor: Tensor, site: Any, event_dim: int = 0) -> Tensor:
         """Expand batch dimensions over the particle plate and the site's plates."""
@@ -241,30 +279,34 @@ class Replay:
 
     def averaged(self, site: Any, tensor: Tensor) -> Tensor:
         """Average a tensor of a site, batch-shaped and then its event, over enumerated sites."""
-        if not self.depends_on_enumerated(site):
+        log_prob = self.log_prob(site)
+        if self.enumeration is None or log_prob.dim() <= self.width:
             return tensor
-        assert self.enumeration is not None
-        event_dim = self.model_site(site)["fn"].event_dim
+        event_dim = self.model_site(site)["fn"].event_dim if tensor is not log_prob else 0
         event_dim = event_dim if tensor.dim() - event_dim >= self.width else 0
-        shape = self.log_prob(site).shape
-        tensor = tensor.expand(shape + tensor.shape[tensor.dim() - event_dim :])
-        if site["name"] in self.enumeration.factors:
-            return self.enumeration.average(site["name"], tensor)
-        marginal = self.enumeration.marginal(site, self.log_prob(site))
-        return self.enumeration.average_over(marginal, tensor)
+        shape = log_prob.shape + tensor.shape[tensor.dim() - event_dim :]
+        return self.enumeration.average(self._role(site), tensor.expand(shape))
+
+    def _role(self, site: Any) -> str:
+        """The name of a site in an enumeration: ``"p z"`` in the model, ``"q z"`` in the guide."""
+        name = site["name"]
+        return f"p {name}" if self.model_sites.get(name) is site else f"q {name}"
+
+    def _factor(self, site: Any) -> Tensor:
+        """What a site multiplies a sum over enumerated values by.
+
+        A mask takes ln p out of the score, not the site out of the program: an enumerated site
+        keeps its probabilities, which sum to one.
+        """
+        if is_enumerated(site) and is_masked(site):
+            return self.full(self._log_density(site, unmasked(site["fn"])), site)
+        return self.log_prob(site)
 
     def _term(self, site: Any, tensor: Tensor | None = None) -> Tensor:
         """A site's log-probability, or another tensor of its shape, to (particles, data)."""
         tensor = self.log_prob(site) if tensor is None else tensor
-        if self.layout.enumerated and tensor.dim() > self.width:
-            assert self.enumeration is not None
-            name = site["name"]
-            if name in self.enumeration.factors and site is self.enumeration.factors[name][0]:
-                tensor = self.enumeration.average(name, tensor)
-            else:
-                tensor = self.enumeration.average_over(
-                    self.enumeration.marginal(site, tensor), tensor
-                )
+        if self.enumeration is not None and tensor.dim() > self.width:
+            tensor = self.enumeration.average(self._role(site), tensor)
         return self.per_datum(tensor, site)
 
     def _zeros(self) -> Tensor:
@@ -279,6 +321,8 @@ class Replay:
 
     @cached_property
     def enumeration(self) -> Enumerated | None:
+        if not self.layout.enumerated:
+            return None
         in_guide = {n for n, s in self.guide_sites.items() if is_enumerated(s)}
         in_model = {
             n for n, s in self.model_sites.items() if is_enumerated(s) and n not in in_guide
@@ -289,19 +333,31 @@ class Replay:
                 "the model. Enumerate them in one place: leave them all out of the guide, and the "
                 "model sums them exactly."
             )
-        sites = self.guide_sites if in_guide else self.model_sites
-        factors = {
-            name: (site, self.log_prob(site))
-            for name, site in sites.items()
-            if (name in in_guide) or (in_model and self.log_prob(site).dim() > self.width)
-        }
-        return Enumerated(factors, self.layout, averaged=bool(in_guide)) if factors else None
+        every = [*self.model_sites.values(), *self.guide_sites.values()]
+        inside = {self._role(s): s for s in every if self.log_prob(s).dim() > self.width}
+        if in_model:
+            return self._enumerated(inside)
+        if in_guide:
+            own = {self._role(self.guide_sites[n]): self.guide_sites[n] for n in in_guide}
+            rest = {role: s for role, s in inside.items() if role not in own}
+            return self._enumerated(own, rest)
+        return None
+
+    def _enumerated(
+        self, factors: Mapping[str, Any], queries: Mapping[str, Any] | None = None
+    ) -> Enumerated:
+        return Enumerated(
+            {role: (site, self._factor(site)) for role, site in factors.items()},
+            self.layout,
+            queries={role: (site, self.log_prob(site)) for role, site in (queries or {}).items()},
+            averaged=queries is not None,
+        )
 
     @cached_property
     def _summed(self) -> frozenset[str]:
         if self.enumeration is None or self._enumerated_in_guide:
             return frozenset()
-        return frozenset(self.enumeration.factors)
+        return frozenset(role.removeprefix("p ") for role in self.enumeration.factors)
 
     @property
     def _enumerated_in_guide(self) -> bool:
@@ -373,8 +429,9 @@ class Replay:
                 apart.append(self._term(site))
         for site, _ in self._drawn():
             if is_enumerated(site):
-                continue
-            if self.log_prob(site).dim() > self.width:
+                # q cancels out of q · p / q, except for what a mask takes out of the weight
+                factors[f"q {site['name']}"] = (site, self._factor(site) - self.log_prob(site))
+            elif self.log_prob(site).dim() > self.width:
                 factors[f"q {site['name']}"] = (site, -self.log_prob(site))
             else:
                 apart.append(-self._term(site))
@@ -386,15 +443,24 @@ class Replay:
             [self._term(s, self._distortion(s, function)) for s in self.observed_sites]
         )
 
+    @staticmethod
+    def mean(site: Any) -> Tensor:
+        """The mean of a site's distribution; torch gives NaN for that of a Categorical."""
+        kind = kind_of(site["fn"])
+        try:
+            if kind != "Categorical":
+                result: Tensor = site["fn"].mean
+                return result
+        except NotImplementedError:
+            pass
+        raise ProgramError(
+            f"Site '{site['name']}' ({kind}) has no mean to serve as a reconstruction. Use "
+            "distortion=None, or a likelihood with a mean."
+        )
+
     def _distortion(self, site: Any, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         fn, shape = site["fn"], self.log_prob(site).shape
-        try:
-            reconstruction = fn.mean
-        except NotImplementedError as error:
-            raise ProgramError(
-                f"Site '{site['name']}' has no mean to serve as the reconstruction of a "
-                f"distortion ({type(fn).__name__}). Use distortion=None, or a likelihood with one."
-            ) from error
+        reconstruction = self.mean(site)
         cost = function(site["value"], reconstruction)
         by_element, by_event = fn.batch_shape + fn.event_shape, fn.batch_shape
         if cost.shape[-len(by_element) :] == by_element and by_element:
@@ -495,9 +561,18 @@ class Replay:
                     "depends on an enumerated site: mark it for enumeration too, or "
                     "reparameterise it."
                 )
-            raw = unmasked(site["fn"]).log_prob(site["value"], *site["args"], **site["kwargs"])
+            raw = self._log_density(site, unmasked(site["fn"]))
             terms.append(self.per_datum(raw, site, scaled=False))
         return self._sum(terms) if terms else None
+
+    def latents_and_points(self) -> tuple[set[str], set[str]]:
+        """Names of the model's latents that the guide draws, and of those that are points."""
+        latents = {n for n in self.guide_sites if self._latent(n) is not None}
+        return latents, {name for name in latents if is_point(self.guide_sites[name])}
+
+    def adopted(self) -> list[str]:
+        """Latents that are drawn from their prior, for want of a guide."""
+        return [n for n, s in self.guide_sites.items() if self.model_sites.get(n) is s]
 
     def reweighted_draws(self) -> list[str]:
         """Draws whose ln q enters the terms with a scale or a mask of its own."""
@@ -525,9 +600,9 @@ class Replay:
             return self.by_plates(self.log_prob(model), model, 0)
         plates = tuple(plate for plate in plates_of(model))
         latents = {
-            name: (s, self.log_prob(s))
+            name: (s, self._factor(s))
             for name, s in self.model_sites.items()
-            if name in self._summed and not s["is_observed"] and not self._is_drawn(name)
+            if name in self._summed and is_enumerated(s)
         }
         factors = {**latents, site["name"]: (model, self.log_prob(model))}
         layout = replace(self.layout, data_plates=plates, subsampled_inside=())
@@ -541,12 +616,11 @@ class Replay:
                 )
         return summed.log_evidence(shape).reshape((self.particles, *(p.size for p in plates)))
 
-    def _is_drawn(self, name: str) -> bool:
-        return name in self.guide_sites
-
 
 def _same_weighting(guide_site: Any, model_site: Any) -> bool:
     """Whether ln q and ln p of a site carry the same mask and the same scale."""
+    if any(unmasked(site["fn"]) is not site["fn"] for site in (guide_site, model_site)):
+        return False  # whose masks only a look at their values could compare
     mask = guide_site["mask"] is model_site["mask"]
     first, second = user_scale(guide_site), user_scale(model_site)
     if isinstance(first, Tensor) or isinstance(second, Tensor):

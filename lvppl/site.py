@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 from lvppl.replay import Replay
-from lvppl.tracing import plates_of
+from lvppl.tracing import is_discrete, plates_of
 
 __all__ = ["Site"]
 
@@ -52,7 +52,7 @@ class Site:
 
     @property
     def is_discrete(self) -> bool:
-        return bool(self._first["fn"].support.is_discrete)
+        return is_discrete(self._first)
 
     @cached_property
     def value(self) -> Tensor:
@@ -71,7 +71,7 @@ class Site:
 
     def mean(self) -> Tensor:
         """Mean under the model's distribution: (particles, *plate sizes, *event shape)."""
-        return self._from_model(lambda fn: fn.mean)
+        return self._from_model(Replay.mean)
 
     def sample(self) -> Tensor:
         """A draw from the model's distribution: (particles, *plate sizes, *event shape)."""
@@ -81,12 +81,11 @@ class Site:
                     f"Site '{self.name}' depends on enumerated sites, whose values a replay does "
                     "not draw. Draw from the model itself (poutine.uncondition)."
                 )
-        return self._from_model(lambda fn: fn.sample())
+        return self._from_model(lambda site: site["fn"].sample())
 
     def _from_model(self, function: Callable[[Any], Tensor]) -> Tensor:
         results = []
         for run, site in self._messages():
-            fn = run.model_site(site)["fn"]
-            value = function(fn)
+            value = function(run.model_site(site))
             results.append(run.by_plates(run.averaged(site, value), site, self.event_dim))
         return torch.cat(results)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 from lvppl.layout import layout_of
+from lvppl.matching import has_no_density, no_density
 from lvppl.replay import Replay
 from lvppl.site import Site
+from lvppl.tracing import is_discrete
 
 __all__ = ["Site", "Terms", "trace_terms"]
 
@@ -69,19 +71,30 @@ def trace_terms(
             refresh=attempt > 0,
         )
         setting = (model, guide, args, kwargs, layout)
-        if num_particles == 1:
-            runs = [Replay(*setting, None, strict, cut)]
-        elif not layout.loop_reason:
+        if num_particles > 1 and not layout.loop_reason:
             runs = [Replay(*setting, num_particles, strict, cut)]
         else:
-            loop = range(num_particles)
-            runs = [Replay(*setting, None, strict, cut).evaluate_guide() for _ in loop]
+            runs = [Replay(*setting, None, strict, cut)]
+            for _ in range(num_particles - 1):
+                runs[-1].evaluate_guide()
+                runs.append(Replay(*setting, None, strict, cut))
         if all(run.fits(layout) for run in runs):
             return Terms(runs, num_particles)
-    raise ProgramError(
-        "The plates or sites of this program change from one run to the next, so that its terms "
-        "cannot be kept per datum. Make the structure depend on the arguments only."
-    )
+    loop = (Replay(*setting, None, strict, cut) for _ in range(num_particles))
+    return _changing([run.evaluate_guide() for run in loop], data_plate)
+
+
+def _changing(runs: Sequence[Replay], data_plate: Any) -> Terms:
+    """Terms of a program whose sites change from run to run, as in a subsampled loop."""
+    for run in runs:
+        run.take_own_layout(data_plate)
+    first = runs[0].layout.data_plates
+    if any(run.layout.enumerated or run.layout.data_plates != first for run in runs):
+        raise ProgramError(
+            "The data plates or enumerated sites of this program change from one run to the next, "
+            "so that its terms cannot be kept per datum. Make them depend on the arguments only."
+        )
+    return Terms(runs, len(runs))
 
 
 # ------------------------------------------------------------------------------------------ Terms
@@ -210,6 +223,16 @@ class Terms:
                 "so that its scale would stand inside the logarithm. Use ELBO, or the full data."
             )
 
+    def require_densities(self) -> None:
+        """Refuse a program whose observations have no density.
+
+        Raises:
+            ProgramError: an observed site is deterministic on a continuous space.
+        """
+        for site in self._runs[0].observed_sites:
+            if has_no_density(site):
+                raise ProgramError(no_density(site["name"]))
+
     # -------------------------------------------------------------------------------------- sites
 
     @cached_property
@@ -231,6 +254,11 @@ class Terms:
         return tuple(self._runs[0].guide_sites)
 
     @property
+    def adopted(self) -> list[str]:
+        """Latents that are drawn from their prior, for want of a guide."""
+        return self._runs[0].adopted()
+
+    @property
     def reweighted_draws(self) -> list[str]:
         """Draws whose ln q enters the terms with a scale or a mask of its own."""
         return self._runs[0].reweighted_draws()
@@ -241,7 +269,7 @@ class Terms:
         return tuple(
             name
             for name, site in self._runs[0].model_sites.items()
-            if not site["is_observed"] and not site["fn"].support.is_discrete
+            if not site["is_observed"] and not is_discrete(site)
         )
 
     def distortion(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -252,10 +280,26 @@ class Terms:
         """
         return torch.cat([run.distortion(function) for run in self._runs])
 
-    def kl_by_site(self) -> dict[str, Tensor]:
-        """KL of each latent site that was drawn, (particles, data)."""
+    def kl_by_latent(self) -> dict[str, Tensor]:
+        """KL of each latent that was drawn, (particles, data); their sum is that of all draws.
+
+        An autoguide splits ln q of a latent between an auxiliary draw and the point made of it.
+        Where the auxiliary draw is that latent's own (``z_unconstrained`` of ``z``) the two are
+        added; one that feeds several latents makes one group of them, named "z, w, …".
+        """
         parts = [run.kl_by_site for run in self._runs]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        latents, points = self._runs[0].latents_and_points()
+        auxiliary = [name for name in terms if name not in latents]
+        shared = [n for n in auxiliary if n.removesuffix("_unconstrained") not in points]
+        for name in auxiliary:
+            if name not in shared:
+                terms[name.removesuffix("_unconstrained")] += terms.pop(name)
+        if shared:
+            group = [name for name in terms if name in points or name in shared]
+            members = ", ".join(name for name in group if name in points)
+            terms[members or shared[0]] = torch.stack([terms.pop(name) for name in group]).sum(0)
+        return terms
 
     def site_log_probs(self) -> list[tuple[str, tuple[str, ...], Tensor, bool]]:
         """Every site's (name, plates, log-probability, whether −∞ is an honest value)."""

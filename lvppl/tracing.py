@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,9 +16,13 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.seeding import Generators
+
 __all__ = [
     "PARTICLES",
     "Plate",
+    "is_discrete",
     "is_enumerated",
     "is_masked",
     "is_point",
@@ -26,7 +31,9 @@ __all__ = [
     "plates_of",
     "sample_sites",
     "subsampled_plates",
+    "support_of",
     "trace_pair",
+    "traced",
     "undisturbed",
     "unmasked",
 ]
@@ -116,30 +123,52 @@ def trace_pair(
 
     first_enum_dim = -1 - nesting - (num_particles is not None)
     if guide is None:
-        model_trace = poutine.trace(wrap(model, first_enum_dim)).get_trace(*args, **kwargs)
-        return model_trace, poutine.Trace()
+        return traced("model", wrap(model, first_enum_dim), args, kwargs), poutine.Trace()
     with around_guide or nullcontext():
-        guide_trace = poutine.trace(wrap(guide, first_enum_dim)).get_trace(*args, **kwargs)
+        guide_trace = traced("guide", wrap(guide, first_enum_dim), args, kwargs)
     replayed = poutine.replay(wrap(model, None), trace=guide_trace)
-    return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+    return traced("model, replayed against the guide,", replayed, args, kwargs), guide_trace
+
+
+def traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace:
+    """Run a program; where it raises, say which program and after which site.
+
+    Raises:
+        ProgramFailure: from what the program raised.
+    """
+    handler = poutine.trace(program)
+    try:
+        return handler.get_trace(*args, **kwargs)
+    except ProgramError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        sites = [n for n, s in handler.trace.nodes.items() if s["type"] in ("sample", "param")]
+        after = f"after site '{sites[-1]}'" if sites else "before its first site"
+        what = re.split(r"\n\s*Trace Shapes:", str(e))[0] or "no message"
+        if "dtype" in what:
+            what += " (data and parameters share one dtype: data.float(), or modules.double())"
+        raise ProgramFailure(f"The {name} fails {after}: {type(e).__name__}: {what}") from e
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Run programs without moving the random generators or any module's buffers."""
+def undisturbed() -> Iterator[list[torch.nn.Module]]:
+    """Run programs without moving random generators or buffers; gives the modules that ran."""
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
+    modules: list[torch.nn.Module] = []
 
     def remember(module: torch.nn.Module, _inputs: Any) -> None:
+        modules.append(module)
         for buffer in module.buffers(recurse=False):
             buffers.setdefault(id(buffer), (buffer, buffer.detach().clone()))
 
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    generators = Generators.read()
     handle = register_module_forward_pre_hook(remember)
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
+        with torch.no_grad():
+            yield modules
     finally:
         handle.remove()
+        generators.write()
         with torch.no_grad():
             for buffer, value in buffers.values():
                 buffer.copy_(value)
@@ -180,3 +209,19 @@ def unmasked(fn: Any) -> Any:
 def is_masked(site: Message) -> bool:
     """Whether a mask hides some of a site's log-probability."""
     return site["mask"] is not None or unmasked(site["fn"]) is not site["fn"]
+
+
+def support_of(fn: Any) -> Any | None:
+    """The support of a distribution, ``None`` where it declares none."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
+
+
+def is_discrete(site: Message) -> bool:
+    """Whether a site's values are on a countable space."""
+    support = support_of(site["fn"])
+    if support is not None:
+        return bool(support.is_discrete)
+    return not site["value"].is_floating_point()

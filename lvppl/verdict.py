@@ -12,10 +12,11 @@ from pyro import poutine
 from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer import config_enumerate
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvppl.enumerated import Enumerated
 from lvppl.layout import layout_of
-from lvppl.tracing import sample_sites, trace_pair
+from lvppl.tracing import is_masked, sample_sites, trace_pair
 
 __all__ = ["Verdict", "verdict_on_evidence"]
 
@@ -75,42 +76,72 @@ def verdict_on_evidence(
     return Verdict("estimated", f"the integral over {kinds} has no closed form known here: {how}.")
 
 
+_MOST_ELEMENTS = 10**7
+
+
+class _TooLarge(Exception):
+    """A tensor under enumeration has more elements than one wants to hold."""
+
+
+class _NothingLarge(TorchDispatchMode):
+    """Stop before a program whose sites all depend on each other fills the memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if tensors:
+            try:
+                numel = math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
+            except RuntimeError:  # not an element-wise operation
+                numel = max(t.numel() for t in tensors)
+            if numel > _MOST_ELEMENTS:
+                raise _TooLarge
+        return func(*args, **(kwargs or {}))
+
+
 def _finite_sum(model: Program, args: Any, kwargs: Any, latents: list[Any]) -> Verdict:
-    states = math.prod(_support_size(site) for site in latents)
+    states = _count(sum(_log10_states(site) for site in latents))
     try:
-        enumerated = config_enumerate(model, "parallel")
-        layout = layout_of(enumerated, None, args, kwargs)
-        trace, _ = trace_pair(
-            enumerated, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True
-        )
-        factors = {}
-        for site in sample_sites(trace):
-            log_prob = site["fn"].log_prob(site["value"])
-            if log_prob.dim() > layout.nesting:
-                factors[site["name"]] = (site, log_prob)
-        terms = Enumerated(factors, layout).number_of_terms()
+        with _NothingLarge():
+            terms = _number_of_terms(model, args, kwargs)
     except Exception as error:  # the program cannot be enumerated in parallel: that is the answer
-        text = str(error).strip().splitlines()
-        return Verdict(
-            "estimated",
-            f"the latents have {_count(states)} joint states, but the "
-            f"program cannot be enumerated in parallel ({text[0] if text else error}).",
-        )
+        causes = (error, error.__cause__, error.__context__)
+        if any(isinstance(cause, _TooLarge) for cause in causes):
+            why = f"a table of more than {_MOST_ELEMENTS:,} elements would be needed"
+        else:
+            text = str(error).strip().splitlines()
+            why = f"the program cannot be enumerated in parallel ({text[0] if text else error})"
+        return Verdict("estimated", f"the latents have {states} joint states, but {why}.")
     return Verdict(
         "exact",
-        f"a sum over the discrete latents, {terms:,} terms after variable "
-        f"elimination ({_count(states)} joint states).",
+        f"a sum over the discrete latents, {terms:,} terms after variable elimination ({states} "
+        "joint states).",
         terms,
     )
 
 
-def _support_size(site: Any) -> int:
+def _number_of_terms(model: Program, args: Any, kwargs: Any) -> int:
+    enumerated = config_enumerate(model, "parallel")
+    layout = layout_of(enumerated, None, args, kwargs)
+    trace, _ = trace_pair(
+        enumerated, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True
+    )
+    factors = {}
+    for site in sample_sites(trace):
+        log_prob = site["fn"].log_prob(site["value"])
+        if log_prob.dim() > layout.nesting:
+            factors[site["name"]] = (site, log_prob)
+    return Enumerated(factors, layout).number_of_terms()
+
+
+def _log10_states(site: Any) -> float:
+    """log10 of the joint states of all draws of a site."""
     fn = site["fn"]
-    return int(fn.enumerate_support(expand=False).shape[0]) ** max(math.prod(fn.batch_shape), 1)
+    states = int(fn.enumerate_support(expand=False).shape[0])
+    return math.log10(states) * max(math.prod(fn.batch_shape), 1)
 
 
-def _count(states: int) -> str:
-    return f"{states:,}" if states < 10**9 else f"about 10^{len(str(states)) - 1}"
+def _count(log10: float) -> str:
+    return f"{round(10**log10):,}" if log10 < 9 else f"about 10^{round(log10):,}"
 
 
 def _is_linear_gaussian(model: Program, args: Any, kwargs: Any, trace: poutine.Trace) -> bool:
@@ -118,6 +149,8 @@ def _is_linear_gaussian(model: Program, args: Any, kwargs: Any, trace: poutine.T
     sites = sample_sites(trace)
     if not all(_normal_parameters(site["fn"]) for site in sites):
         return False
+    if any(is_masked(site) for site in sites if not site["is_observed"]):
+        return False  # a prior whose density is masked out is not that Normal
     latents = [site for site in sites if not site["is_observed"]]
     a, b = ({s["name"]: torch.randn_like(s["value"]) for s in latents} for _ in range(2))
     points: list[dict[str, Tensor]] = [

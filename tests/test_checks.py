@@ -163,3 +163,43 @@ def test_checking_changes_nothing():
     state = torch.get_rng_state()
     lvppl.check(normal_model, normal_guide, y)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_number_of_states_is_never_written_out():
+    """3^10,000 joint states, but 30,000 terms."""
+    verdict = lvppl.check(mixture, None, torch.randn(10_000)).evidence
+    assert verdict.num_terms == 30_000 and "about 10^4,771 joint states" in verdict.sentence
+
+
+def test_a_sum_that_would_fill_the_memory_is_not_tried():
+    def model(y):
+        bits = [pyro.sample(f"b{i}", dist.Bernoulli(torch.tensor(0.5))) for i in range(30)]
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(sum(bits), 1.0), obs=y)
+
+    verdict = lvppl.check(model, None, torch.randn(64)).evidence
+    assert verdict.kind == "estimated" and "about 10^9 joint states" in verdict.sentence
+    assert "10,000,000 elements" in verdict.sentence
+
+
+def test_a_prior_without_a_sampler_is_fine_with_a_guide():
+    def model(y):
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    report = lvppl.check(model, guide, torch.randn(4))
+    assert not report["z"].samplable and report["z"].computable
+    assert "has a density but no sampler" in report["z"].reason
+
+
+def test_a_masked_prior_is_not_called_linear_gaussian():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    assert lvppl.check(model, None, torch.randn(4)).evidence.kind == "estimated"

@@ -431,3 +431,196 @@ def test_a_flow_without_an_inverse_keeps_each_draws_own_density():
         jacobian = torch.autograd.functional.jacobian(lambda v: flow(v), x)
         expected = base.log_prob(x) - torch.linalg.slogdet(jacobian).logabsdet
         torch.testing.assert_close(log_guide, expected, rtol=0, atol=1e-8)
+
+
+# ------------------------------------------------------------------- masks and enumeration together
+
+
+def test_a_masked_enumerated_site_keeps_its_probabilities():
+    """A ragged chain: after its length a sequence adds nothing, and nothing is summed twice."""
+    lengths, transition = torch.tensor([4, 2]), torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    means, y = torch.tensor([-1.0, 1.0]), torch.randn(2, 4)
+
+    def chain(y):
+        with pyro.plate("sequences", 2):
+            z = torch.zeros(2, dtype=torch.long)
+            for t in pyro.markov(range(4)):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z{t}", dist.Categorical(transition[z]), infer=CATEGORICAL)
+                    pyro.sample(f"y{t}", dist.Normal(means[z], 1.0), obs=y[:, t])
+
+    def brute_force(row, length):
+        total = []
+        for states in itertools.product(range(2), repeat=length):
+            previous, log_joint = 0, torch.zeros(())
+            for t, state in enumerate(states):
+                log_joint = log_joint + transition[previous, state].log()
+                log_joint = log_joint + log_normal(row[t], means[state], 1.0)
+                previous = state
+            total.append(log_joint)
+        return torch.stack(total).logsumexp(0)
+
+    exact = torch.stack([brute_force(y[i], int(lengths[i])) for i in range(2)])
+    terms = trace_terms(chain, lambda y: None, (y,), num_particles=2)
+    torch.testing.assert_close(terms.log_weight, exact.expand(2, 2))
+    torch.testing.assert_close(terms.elbo("kl"), exact.expand(2, 2))
+    torch.testing.assert_close(
+        terms.log_likelihood + terms.log_prior - terms.log_guide, exact.expand(2, 2)
+    )
+
+
+@pytest.mark.parametrize("handler", [True, False])
+def test_a_masked_datum_of_a_mixture_adds_nothing(handler):
+    y, seen = torch.tensor([0.3, 9.0]), torch.tensor([True, False])
+    weights, means = torch.tensor([0.2, 0.3, 0.5]), torch.arange(3.0)
+
+    def model(y):
+        with pyro.plate("data", 2):
+            prior = dist.Categorical(weights)
+            with poutine.mask(mask=seen if handler else torch.tensor(True)):
+                prior = prior if handler else prior.mask(seen)
+                k = pyro.sample("k", prior, infer=CATEGORICAL)
+                likelihood = dist.Normal(means[k], 1.0)
+                pyro.sample("y", likelihood if handler else likelihood.mask(seen), obs=y)
+
+    exact = (weights.log() + log_normal(y[0], means, 1.0)).logsumexp(0)
+    terms = trace_terms(model, lambda y: None, (y,))
+    expected = torch.stack([exact, torch.zeros(())])
+    torch.testing.assert_close(terms.log_weight[0], expected)
+    torch.testing.assert_close(terms.elbo("entropy")[0], expected)
+    torch.testing.assert_close(terms.observed["y"].log_prob[0], expected)
+
+
+@pytest.mark.parametrize("masked", ["latent", "both"])
+def test_an_enumerated_guide_under_a_mask_averages_over_q(masked):
+    """Mask or not, z is drawn from q: the enumerated value is the mean of the drawn one."""
+    y, q = torch.tensor([0.3, 1.5]), torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    seen, means = torch.tensor([True, False]), torch.tensor([-1.0, 1.0])
+
+    def model(y):
+        with pyro.plate("data", 2):
+            with poutine.mask(mask=seen):
+                z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+            with poutine.mask(mask=seen if masked == "both" else torch.tensor(True)):
+                pyro.sample("y", dist.Normal(means[z], 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", 2), poutine.mask(mask=seen):
+            pyro.sample("z", dist.Categorical(q), infer=CATEGORICAL)
+
+    log_prior = torch.tensor([0.3, 0.7]).log()
+    log_likelihood = log_normal(y[:, None], means, 1.0)
+    scored = log_likelihood * (seen[:, None] if masked == "both" else 1)
+    log_weights = scored + seen[:, None] * (log_prior - q.log())
+    terms = trace_terms(model, guide, (y,))
+    torch.testing.assert_close(terms.elbo("kl")[0], (q * log_weights).sum(-1))
+    torch.testing.assert_close(terms.log_weight[0], (q.log() + log_weights).logsumexp(-1))
+
+
+def test_masks_of_distributions_that_differ_are_not_given_a_closed_divergence():
+    y = torch.randn(3)
+    ours, theirs = torch.tensor([True, False, True]), torch.tensor([True, True, True])
+
+    def model(y):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(ours))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.5 * y, 0.7).mask(theirs))
+
+    terms = trace_terms(model, guide, (y,), num_particles=4)
+    z = terms.latents["z"].value
+    expected = log_normal(z, 0.5 * y, 0.7) - log_normal(z, 0.0, 1.0) * ours
+    torch.testing.assert_close(terms.kl, expected)
+
+
+# ------------------------------------------------------------------------ structure that changes
+
+
+def test_a_subsampled_loop_runs_with_any_number_of_particles():
+    """Sequential plates have other sites in each run: N / n times the sum of a subsample."""
+    y = torch.arange(8.0)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", 8, subsample_size=3):
+            pyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=y[i])
+
+    def guide():
+        pyro.sample("z", dist.Normal(3.0, 0.1))
+
+    for particles in (1, 4):
+        terms = trace_terms(model, guide, num_particles=particles)
+        assert terms.log_weight.shape == (particles, 1)
+        for run, value in zip(terms._runs, terms.log_likelihood[:, 0], strict=True):
+            z = run.guide_sites["z"]["value"]
+            seen = torch.tensor([float(s["value"]) for s in run.observed_sites])
+            torch.testing.assert_close(value, 8 / 3 * log_normal(seen, z, 1.0).sum())
+
+
+def test_a_module_that_starts_training_is_looked_at_again():
+    """In training mode this program mixes its particles; a closure hides the module."""
+
+    class Centre(torch.nn.Module):
+        def forward(self, z):
+            return z - z.mean() if self.training else z
+
+    centre = Centre().eval()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(centre(z), 1.0), obs=x)
+
+    x = torch.randn(4)
+    assert trace_terms(model, prior_guide, (x,), num_particles=2).notes == ()
+    centre.train()
+    terms = trace_terms(model, prior_guide, (x,), num_particles=2)
+    z = terms.latents["z"].value
+    torch.testing.assert_close(
+        terms.log_likelihood, log_normal(x, z - z.mean(1, keepdim=True), 1.0)
+    )
+
+
+def test_layouts_do_not_pile_up():
+    calls = []
+
+    def model(y, weight):
+        calls.append(weight)
+        with poutine.scale(scale=weight):
+            normal_model(y)
+
+    def guide(y, weight):
+        normal_guide(y)
+
+    y = torch.randn(3)
+    for step in range(20):
+        trace_terms(model, guide, (y, 0.1 + step))
+    assert len(calls) == 21  # one probe, then one run a step
+
+
+def test_a_distribution_without_a_declared_support_is_fine():
+    class Bare(dist.TorchDistribution):
+        arg_constraints = {}  # noqa: RUF012
+        has_rsample = True
+
+        def rsample(self, sample_shape=()):
+            return torch.randn(torch.Size(sample_shape) + self.batch_shape)
+
+        def log_prob(self, value):
+            return log_normal(value, 0.0, 1.0)
+
+        def expand(self, batch_shape, _instance=None):
+            return Bare(batch_shape, validate_args=False)
+
+    def model(y):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", Bare())
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.randn(3)
+    terms = trace_terms(model, normal_guide, (y,))
+    torch.testing.assert_close(terms.log_prior, log_normal(terms.latents["z"].value, 0.0, 1.0))
+    assert lvppl.check(model, normal_guide, y)["z"].computable

@@ -22,7 +22,7 @@ from torch.distributions import transform_to
 
 from lvppl.errors import ProgramError
 from lvppl.objectives.elbo import ELBO
-from lvppl.seeding import seeded
+from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import trace_terms
 
 __all__ = ["AmortizationGap", "amortization_gap"]
@@ -92,7 +92,7 @@ def amortization_gap(
             "amortization_gap needs at least one step and one repetition, but got "
             f"num_steps={num_steps!r}, num_repetitions={num_repetitions!r}."
         )
-    with seeded(seed):
+    with seeded(seed) as seed:
         terms = trace_terms(model, guide, data)
         terms.require_per_datum("amortization_gap")
         # without noise at the optimum, unless the guide sums over a discrete site of its own
@@ -105,8 +105,9 @@ def amortization_gap(
         )
         elbos = []
         for repetition in range(num_repetitions):
+            common = derived_seed(seed, f"evaluation {repetition}")
             for program in (guide, search.around(guide)):
-                with seeded(repetition):
+                with seeded(common):
                     elbos.append(objective.report(model, program, *data).elbo.per_datum)
     encoder, searched = torch.stack(elbos).unflatten(0, (num_repetitions, 2)).unbind(1)
     gaps = searched - encoder

@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import DirichletMultinomial, Independent, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
+from torch.distributions import constraints
 from tqdm.auto import tqdm
 
+from lvppl.checks import check
 from lvppl.errors import ProgramError
 from lvppl.inference.addressed import AddressedDraws
 from lvppl.inference.minibatch import gather, num_rows
@@ -64,9 +68,10 @@ class LikelihoodEstimate:
     seed: int
     """Gives the same numbers again."""
     num_discrete: int = 0
-    """Observed discrete values per datum."""
+    """Observed discrete values that were scored, in all data: what a mask hides is not counted, and
+    a one-hot vector or a vector of counts is one value."""
     num_continuous: int = 0
-    """Observed continuous values per datum."""
+    """Observed continuous values that were scored, in all data."""
     bin_width: float | None = None
     """Width of the cells that continuous values were rounded to."""
     notes: tuple[str, ...] = field(default=())
@@ -103,25 +108,29 @@ class LikelihoodEstimate:
 
     @property
     def bits_per_dim(self) -> float:
-        """-log2 of the probability of a datum per observed value, averaged over data.
+        """-log2 of the probability of the data, divided by the number of observed values.
 
-        A continuous value counts with the probability p(y) * bin_width of its cell.
+        Values that a mask hides are not counted. A continuous value enters with the probability
+        p(y) * bin_width of its cell.
 
         Raises:
             ProgramError: y is continuous and no bin width was given: a density is not a
                 probability, and its logarithm changes with the unit of y.
         """
-        return (-self.mean - self._log_volume) / (self._num_dims * math.log(2.0))
+        return (-self.total - self._log_volume) / (self._num_dims * math.log(2.0))
 
     @property
     def bits_per_dim_std_error(self) -> float:
         """Monte Carlo standard error of ``bits_per_dim``."""
-        return self.mean_std_error / (self._num_dims * math.log(2.0))
+        return self.total_std_error / (self._num_dims * math.log(2.0))
 
     @property
     def _num_dims(self) -> int:
         if self.num_discrete + self.num_continuous == 0:
-            raise ProgramError("bits_per_dim needs observed sites, and the model has none.")
+            raise ProgramError(
+                "bits_per_dim needs observed values, but the model scores none: it has no observed "
+                "site, or masks hide every value."
+            )
         return self.num_discrete + self.num_continuous
 
     @property
@@ -130,8 +139,8 @@ class LikelihoodEstimate:
             return 0.0
         if self.bin_width is None:
             raise ProgramError(
-                f"bits_per_dim needs probabilities, but {self.num_continuous} observed values per "
-                "datum are continuous and have densities, which depend on the unit of y. Pass "
+                f"bits_per_dim needs probabilities, but {self.num_continuous} observed values "
+                "are continuous and have densities, which depend on the unit of y. Pass "
                 "bin_width=, the width of the cells that y was rounded to (1/255 for 8-bit pixels "
                 "scaled to [0, 1]), or model y as discrete."
             )
@@ -243,8 +252,10 @@ def log_likelihood(
 
     Raises:
         ProgramError: no samples or data, NaN or infinity in the data, an unknown estimator, no
-            guide for ``"importance"``, a program that subsamples, ``batch_size`` below the number
-            of rows where the data cannot be cut, a weight that is NaN or plus infinity (by datum).
+            guide for ``"importance"``, a prior that cannot be sampled for ``"naive"`` (as with
+            ``pyro.factor``), a site without a density, a program that subsamples, ``batch_size``
+            below the number of rows where the data cannot be cut, a weight that is NaN or plus
+            infinity (by datum).
 
     Warns:
         UserWarning: for ``"importance"``, which data have k-hat above min(1 - 1 / log10 S, 0.7).
@@ -261,7 +272,7 @@ def log_likelihood(
     with torch.no_grad():
         plan = _plan(job, num_samples, batch_size, sample_chunk)
         sums = _run(job, plan, num_samples, progress)
-    discrete, continuous = plan.observed
+    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
     if bin_width is not None and continuous == 0:
         raise ProgramError(
             "bin_width turns densities into probabilities, but every observed site is discrete and "
@@ -444,7 +455,6 @@ class _Plan(NamedTuple):
     plate: str | None  # the one data plate, if there is one
     batch: int  # rows in a pass
     chunk: int  # samples in a pass
-    observed: tuple[int, int]  # discrete and continuous values per datum
 
 
 def _plan(job: _Job, num_samples: int, batch_size: int | None, sample_chunk: int | None) -> _Plan:
@@ -473,7 +483,7 @@ def _plan(job: _Job, num_samples: int, batch_size: int | None, sample_chunk: int
         batch = rows
     chunk = min(num_samples, sample_chunk or max(1, budget * probed // (elements * batch)))
     chunk = 1 if layout.loop_reason else chunk
-    return _Plan(layout, plate, batch, chunk, _observed_sizes(terms))
+    return _Plan(layout, plate, batch, chunk)
 
 
 def _probe(job: _Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
@@ -487,7 +497,21 @@ def _probe(job: _Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
         data_plate=job.data_plate,
     )
     _refuse_subsampling(layout)
+    _check_assumptions(job, probed)
     return terms, layout
+
+
+def _check_assumptions(job: _Job, probed: int) -> None:
+    """Refuse what has no density, and a prior that cannot be sampled where it is to be."""
+    # Not strictly: an observation of probability zero is honest here, its ln p(y) minus infinity.
+    report = check(job.model, job.proposal, *job.cut(0, probed), strict=False, **job.kwargs)
+    report.require(computable=True)
+    for row in report.rows if job.proposal is None else ():
+        if row.role != "observed" and not row.samplable:
+            raise ProgramError(
+                f'estimator="naive" draws z from the prior, which cannot be sampled: {row.reason} '
+                'Use estimator="importance" with a guide.'
+            )
 
 
 def _default_probe(job: _Job) -> int:
@@ -531,10 +555,36 @@ def _why_whole(job: _Job, layout: Layout, probed: int) -> str:
 
 
 def _observed_sizes(terms: Terms) -> tuple[int, int]:
+    """Discrete and continuous values that were scored, in all data of these terms."""
     sizes = [0, 0]
-    for site in terms.observed.values():
-        sizes[not site.is_discrete] += site.value.numel() // (terms.num_particles * terms.num_data)
+    run = terms._runs[0]
+    for message in run.observed_sites:
+        # A mask that depends on draws is read at the first; enumerated dimensions are leftmost.
+        scored = run.full(_scored(message["fn"], message["mask"]), message)
+        scored = scored[(0,) * (scored.dim() - run.width + run.batched)]
+        sizes[not terms.observed[message["name"]].is_discrete] += int(scored.sum())
     return sizes[0], sizes[1]
+
+
+def _scored(fn: Any, mask: Any = None) -> Tensor:
+    """How many values each batch element of a distribution scores, int64, (*batch)."""
+    if isinstance(fn, MaskedDistribution):
+        counts = _scored(fn.base_dist, fn._mask)
+    elif isinstance(fn, ExpandedDistribution):
+        counts = _scored(fn.base_dist)
+    elif isinstance(fn, Independent):
+        inner = _scored(fn.base_dist)
+        counts = inner.sum(tuple(range(-fn.reinterpreted_batch_ndims, 0)))
+    else:
+        counts = torch.tensor(1 if _is_one_value(fn) else fn.event_shape.numel())
+    counts = counts.expand(fn.batch_shape)
+    return counts if mask is None else counts * torch.as_tensor(mask, device=counts.device)
+
+
+def _is_one_value(fn: Any) -> bool:
+    """Whether the elements of an event make one value together: one choice, or one tally."""
+    tally = isinstance(fn, (torch.distributions.Multinomial, DirichletMultinomial))
+    return tally or fn.support is constraints.one_hot
 
 
 def _run(job: _Job, plan: _Plan, num_samples: int, progress: bool) -> list[_WeightSums]:
@@ -550,6 +600,8 @@ def _run(job: _Job, plan: _Plan, num_samples: int, progress: bool) -> list[_Weig
                     start, stop, first_sample=sample, particles=particles, plate=plan.plate
                 )
                 _check_weights(terms.log_weight, start)
+                if sample == 0:
+                    sums.observed = _observed_sizes(terms)
                 sums.add(terms.log_weight)
                 bar.update((stop - start) * particles)
             results.append(sums)
@@ -562,6 +614,8 @@ class _WeightSums:
     def __init__(self, num_samples: int) -> None:
         self.keep = min(tail_size(num_samples) + 1, num_samples)
         self.count = 0
+        self.observed = (0, 0)
+        """Discrete and continuous values that these data score."""
 
     def add(self, log_weight: Tensor) -> None:
         """Add draws, (particles, data)."""

@@ -22,10 +22,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.tracing import traced
 
-__all__ = ["data_plates_of", "gather", "num_rows", "scaled_minibatch"]
+__all__ = ["data_plates_of", "gather", "num_rows", "scaled_minibatch", "transformed"]
 
 Program = Callable[..., Any]
+Transform = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class scaled_minibatch(Messenger):
@@ -81,6 +83,23 @@ def gather(args: tuple[Any, ...], index: Tensor, rows: int) -> tuple[Any, ...]:
     return tuple(pick(value) for value in args)
 
 
+def transformed(transform: Transform | None, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a minibatch as the user's transform leaves them.
+
+    :raises ProgramError: if the transform returns anything but a tuple: a tensor would be taken
+        apart into its rows.
+    """
+    if transform is None:
+        return batch
+    result = transform(batch)
+    if not isinstance(result, (tuple, list)):
+        raise ProgramError(
+            "transform must return a tuple of the program's arguments, but returned a "
+            f"{type(result).__name__}: return (y,) for one argument y."
+        )
+    return tuple(result)
+
+
 @dataclass(frozen=True)
 class _Seen:
     """Size and full size of a plate in one run, and whether a latent site is inside."""
@@ -104,9 +123,11 @@ def _plates_in(trace: poutine.Trace) -> dict[str, _Seen]:
     return seen
 
 
-def _run(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Seen]:
+def _run(
+    role: str, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, _Seen]:
     with torch.no_grad(), poutine.block():
-        return _plates_in(poutine.trace(program).get_trace(*args, **kwargs))
+        return _plates_in(traced(role, program, args, kwargs))
 
 
 def data_plates_of(
@@ -116,7 +137,7 @@ def data_plates_of(
     kwargs: Mapping[str, Any],
     *,
     batch_size: int,
-    transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+    transform: Transform | None = None,
 ) -> tuple[str, ...]:
     """Names of the plates that follow the rows of the data, found by running the program.
 
@@ -137,7 +158,7 @@ def data_plates_of(
     batches = []
     for size in (*sizes, rows % batch_size or batch_size):  # the last: of an epoch, too
         batch = gather(args, torch.arange(size, device=args[0].device), rows)
-        batches.append(batch if transform is None else tuple(transform(batch)))
+        batches.append(transformed(transform, batch))
 
     follows, _ = _following("model", model, batches, kwargs, sizes, rows)
     if isinstance(guide, AutoGuide):
@@ -176,7 +197,7 @@ def _rerun(
     first: tuple[Any, ...],
 ) -> dict[str, _Seen]:
     try:
-        return _run(program, batch, kwargs)
+        return _run(role, program, batch, kwargs)
     except Exception as error:
         raise ProgramError(
             f"the {role} runs with {num_rows(first)} rows but not with {num_rows(batch)}, so it "
@@ -194,7 +215,7 @@ def _following(
     rows: int,
 ) -> tuple[dict[str, _Seen], set[str]]:
     """Plates of one program that follow the rows, as seen at the first size, and all it has."""
-    first = _run(program, batches[0], kwargs)
+    first = _run(role, program, batches[0], kwargs)
     store = pyro.get_param_store()
     with store.scope({part: dict(v) for part, v in store.get_state().items()}):  # type: ignore
         second = _rerun(role, program, batches[1], kwargs, batches[0])

@@ -7,7 +7,9 @@ that are made late, end an epoch, tell its learning rate, and be saved by parame
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lvppl.errors import ProgramError
 
-__all__ = ["Mover", "OptimizerLike", "make_mover"]
+__all__ = ["Mover", "OptimizerLike", "check_positive", "make_mover"]
 
 OptimizerLike = Callable[..., Optimizer] | PyroOptim
 SchedulerLike = Callable[[Optimizer], Any]
@@ -178,6 +180,16 @@ def _rate(optimizer: Optimizer) -> float | None:
     return None if rate is None else float(rate)
 
 
+def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is neither None nor a positive finite number."""
+    if value is None:
+        return
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        kind = "at least 0" if zero else "positive"
+        raise ProgramError(f"{name} must be {kind} and finite, a number, but is {value!r}")
+
+
 def make_mover(
     optimizer: OptimizerLike | None,
     learning_rate: float | None,
@@ -192,8 +204,13 @@ def make_mover(
         raise ProgramError(
             f"scheduler_interval must be 'epoch' or 'step', but is {scheduler_interval!r}"
         )
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ProgramError(f"learning_rate must be positive and finite, but is {learning_rate!r}")
+    check_positive("learning_rate", learning_rate)
+    if scheduler is not None and not callable(scheduler):
+        raise ProgramError(
+            "scheduler must be a callable from an optimiser to a scheduler, such as "
+            "lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99), but is "
+            f"{type(scheduler).__name__}."
+        )
     if isinstance(optimizer, PyroOptim):
         if learning_rate is not None or scheduler is not None:
             raise ProgramError(

@@ -508,7 +508,7 @@ def _mean(site: Site) -> Tensor | None:
     """The mean of a site's distribution; None where it has none (torch then gives NaN)."""
     try:
         mean = site.mean()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError, ProgramError):
         return None
     return None if bool(mean.isnan().all()) else mean
 

@@ -24,7 +24,8 @@ _PRIOR_SCALE = 3.0  # of the grid of b = k / sigma, in quartiles of the tail
 _PRIOR_COUNT = 10  # samples that the weak prior k = 1/2 is worth
 _MIN_TAIL = 5  # fewer points above the cutoff are not enough for a fit
 _BLOCK = 2**22  # elements held at once by the fit
-_ROUNDING = 1000.0  # spreads of log weights below this many rounding units are no spread
+_ROUNDING = 1000.0  # spreads of all log weights below this many rounding units are no spread
+_TIE = 100.0  # the same for the tail alone, which may be narrow and still have a shape
 
 
 def khat_threshold(num_samples: int) -> float:
@@ -67,8 +68,9 @@ def psis(log_weights: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor
         The smoothed log weights, float64, shape (samples, *data), and k-hat, float64, shape
         (data). k-hat is plus infinity where no tail can be fitted (fewer than five weights above
         the cutoff, which always holds below S = 21; all weights zero), and minus infinity where
-        the log weights are equal up to rounding: the proposal is then exact, it has no tail.
-        In both cases nothing is smoothed.
+        there is no tail: the log weights are equal up to rounding, as for an exact proposal, or at
+        least the M + 1 >= 6 largest of them are, as for weights of few distinct values, which are
+        bounded (ArviZ gives plus infinity there). In both cases nothing is smoothed.
 
     Raises:
         ProgramError: no samples, or log weights that are NaN or plus infinity.
@@ -91,8 +93,8 @@ def psis(log_weights: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor
     ordered, order = rows.sort(dim=-1, stable=True)
     size = min(tail_size(num_samples) + 1, num_samples)
     epsilon = _epsilon(log_weights)
-    exact = _is_exact(ordered[:, 0], ordered[:, -1], num_samples, epsilon)
-    tail, khat = _smooth_tail(ordered[:, -size:], exact)
+    tail = ordered[:, -size:]
+    tail, khat = _smooth_tail(tail, _is_flat(tail, ordered[:, 0], num_samples, epsilon))
     smoothed = torch.cat([ordered[:, :-size], tail], -1)
     smoothed = torch.empty_like(smoothed).scatter_(-1, order, smoothed)
     if normalize:
@@ -119,34 +121,40 @@ def khat_from_tail(
     """
     ordered = largest.to(torch.float64).T.sort(-1).values
     epsilon = _epsilon(largest) if epsilon is None else epsilon
-    exact = _is_exact(smallest.to(torch.float64), ordered[:, -1], num_samples, epsilon)
-    return _smooth_tail(ordered, exact)[1]
+    flat = _is_flat(ordered, smallest.to(torch.float64), num_samples, epsilon)
+    return _smooth_tail(ordered, flat)[1]
 
 
 def _epsilon(values: Tensor) -> float:
     return torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
 
 
-def _is_exact(smallest: Tensor, largest: Tensor, num_samples: int, epsilon: float) -> Tensor:
+def _is_flat(tail: Tensor, smallest: Tensor, num_samples: int, epsilon: float) -> Tensor:
+    """Whether all weights are equal, or those of an ascending tail long enough to tell."""
+    largest = tail[:, -1]
     # One weight has no spread to speak of, so it is no evidence of an exact proposal.
     if num_samples < 2:
         return torch.zeros_like(largest, dtype=torch.bool)
-    return largest - smallest <= _ROUNDING * epsilon * largest.abs().clamp(min=1.0)
+    unit = epsilon * largest.abs().clamp(min=1.0)
+    equal = largest - smallest <= _ROUNDING * unit
+    if tail_size(num_samples) < _MIN_TAIL:
+        return equal
+    return equal | (largest - tail[:, 0] <= _TIE * unit)
 
 
-def _smooth_tail(ordered: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+def _smooth_tail(ordered: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
     """Smooth ascending upper tails (data, 1 + M) whose first entry is the cutoff; give k-hat."""
     if ordered.shape[0] == 0:
         return ordered, ordered.new_empty(0)
     block = max(1, _BLOCK // (ordered.shape[1] * (31 + math.isqrt(ordered.shape[1]))))
     pieces = [
         _smooth_block(rows, flags)
-        for rows, flags in zip(ordered.split(block), exact.split(block), strict=True)
+        for rows, flags in zip(ordered.split(block), flat.split(block), strict=True)
     ]
     return torch.cat([tail for tail, _ in pieces]), torch.cat([khat for _, khat in pieces])
 
 
-def _smooth_block(ordered: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+def _smooth_block(ordered: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
     largest = ordered[:, -1:]
     reference = largest.where(largest > -math.inf, torch.zeros_like(largest))
     relative = ordered - reference
@@ -156,7 +164,7 @@ def _smooth_block(ordered: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
     count = in_tail.sum(-1)
     excess = (relative.exp() - cutoff.exp()).where(in_tail, torch.zeros_like(relative))
     khat, sigma = _fit_pareto(excess, count)
-    fitted = (count >= _MIN_TAIL) & khat.isfinite() & (sigma > 0) & ~exact
+    fitted = (count >= _MIN_TAIL) & khat.isfinite() & (sigma > 0) & ~flat
 
     start = (ordered.shape[1] - count).unsqueeze(-1)  # the tail is the last `count` entries
     position = torch.arange(ordered.shape[1], dtype=ordered.dtype, device=ordered.device) - start
@@ -166,7 +174,7 @@ def _smooth_block(ordered: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
     tail = smoothed.where(in_tail & fitted.unsqueeze(-1), ordered)
 
     khat = khat.where(fitted, torch.full_like(khat, math.inf))
-    return tail, khat.where(~exact, torch.full_like(khat, -math.inf))
+    return tail, khat.where(~flat, torch.full_like(khat, -math.inf))
 
 
 def _fit_pareto(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +14,22 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from lvppl.checks import check
-from lvppl.errors import ProgramError
+from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.fit import Fit, History, moved, versions
-from lvppl.inference.minibatch import data_plates_of, gather, num_rows, scaled_minibatch
-from lvppl.inference.optimizers import OptimizerLike, SchedulerLike, make_mover
+from lvppl.inference.minibatch import (
+    Transform,
+    data_plates_of,
+    gather,
+    num_rows,
+    scaled_minibatch,
+    transformed,
+)
+from lvppl.inference.optimizers import OptimizerLike, SchedulerLike, check_positive, make_mover
 from lvppl.inference.state import FitState, modules_of
 from lvppl.inference.training import Plan, Stop, Training, loss_of
 from lvppl.objectives import ELBO
 from lvppl.seeding import RandomStream, checked_seed, derived_seed, seeded
+from lvppl.tracing import trace_pair
 
 __all__ = ["SVI"]
 
@@ -70,8 +80,7 @@ class SVI:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program) or isinstance(program, type):
                 raise ProgramError(f"{name} must be a Pyro program (a callable), not {program!r}")
-        if clip_norm is not None and not 0 < clip_norm < math.inf:
-            raise ProgramError(f"clip_norm must be positive and finite, but is {clip_norm!r}")
+        check_positive("clip_norm", clip_norm)
         self.model = model
         self.guide = guide
         self.objective = ELBO() if objective is None else _checked_objective(objective)
@@ -92,7 +101,7 @@ class SVI:
         patience: int = 10,
         evaluate_every: int | None = None,
         callbacks: Sequence[Callable[[Fit], Any]] = (),
-        transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        transform: Transform | None = None,
         progress: bool = True,
         strict: bool = True,
         resume: Fit | None = None,
@@ -132,6 +141,7 @@ class SVI:
         :param resume: go on from this fit. On a CPU the result is that of an uninterrupted run.
         :raises ProgramError: before the first step, where program, data or options do not fit.
         """
+        _check_callables(callbacks, transform)
         if resume is not None:
             seed, batch_size = _resumed_settings(resume, seed, batch_size)
         seed = checked_seed(seed)
@@ -145,11 +155,12 @@ class SVI:
             patience=patience,
             evaluate_every=evaluate_every,
         )
+        check_positive("tolerance", tolerance, zero=True)
         batch_size = _check_data(data, batch_size, held_out, strict)
         state = FitState(where if given else None)
         try:
             plates, own, prototype = self._prepare(
-                state, data, kwargs, batch_size, seed, where, strict, transform
+                state, data, kwargs, batch_size, seed, where, strict, transform, held_out
             )
             plan = Plan(
                 model=self.model,
@@ -171,6 +182,7 @@ class SVI:
                 seed=seed,
                 callbacks=tuple(callbacks),
                 progress=progress,
+                strict=strict,
             )
             plan.evaluate_every = evaluate_every or -(
                 -_STEPS_BETWEEN_EVALUATIONS // plan.batches_per_epoch
@@ -223,6 +235,7 @@ class SVI:
                 "evaluate_every": plan.evaluate_every,
                 "tolerance": plan.tolerance,
                 "patience": plan.patience,
+                "strict": plan.strict,
                 "device": str(plan.device),
                 "learning_rate": training.mover.learning_rate(),
             },
@@ -254,7 +267,8 @@ class SVI:
         seed: int,
         device: torch.device,
         strict: bool,
-        transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None,
+        transform: Transform | None,
+        held_out: tuple[Any, ...] | None,
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
         """Make every parameter, check the program, and find the data plates.
 
@@ -269,7 +283,7 @@ class SVI:
         state.add_modules(modules)
         with state.active(), seeded(derived_seed(seed, "prepare"), device):
             plates: tuple[str, ...] = ()
-            with _explained(data, modules), state.discovering(), state.buffers_preserved():
+            with _explained(data, kwargs, modules), state.discovering(), state.buffers_preserved():
                 if batch_size is not None:
                     # First, because an autoguide takes its shapes from its first batch.
                     plates = data_plates_of(
@@ -282,20 +296,46 @@ class SVI:
                     )
                     index = torch.arange(batch_size, device=data[0].device)
                     batch = gather(data, index, rows or batch_size)
-                batch = batch if transform is None else tuple(transform(batch))
+                batch = transformed(transform, batch)
                 first_run(self.model, self.guide, batch, kwargs)
-            with state.buffers_preserved(), _explained(data, modules):
-                check(self.model, self.guide, *batch, strict=strict, **kwargs)
+            with state.buffers_preserved(), _explained(data, kwargs, modules):
+                report = check(self.model, self.guide, *batch, strict=strict, **kwargs)
                 programs = set(state.tensors())
                 with scaled_minibatch(plates, rows or 1):
-                    loss_of(self.objective, self.model, self.guide, batch, kwargs)
+                    loss = loss_of(self.objective, self.model, self.guide, batch, kwargs)
+                if not bool(loss.isfinite()):
+                    # Only here: an objective may do without densities, as a GAN's does.
+                    report.require(computable=True)
+                if held_out is not None:
+                    self._try_validation(held_out, data, kwargs, batch_size, transform)
             state.claim()
             if batch_size is not None:
                 batch = gather(
                     data, torch.arange(min(2, batch_size), device=data[0].device), rows or 1
                 )
-                batch = batch if transform is None else tuple(transform(batch))
+                batch = transformed(transform, batch)
             return plates, tuple(n for n in state.tensors() if n not in programs), batch
+
+    def _try_validation(
+        self,
+        held_out: tuple[Any, ...],
+        data: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int | None,
+        transform: Transform | None,
+    ) -> None:
+        """Run the programs on the first rows of the validation data, which fails before a step."""
+        rows, batch = num_rows(held_out), held_out
+        if rows is not None and batch_size is not None and rows > batch_size:
+            batch = gather(held_out, torch.arange(batch_size, device=held_out[0].device), rows)
+        try:
+            first_run(self.model, self.guide, transformed(transform, batch), kwargs)
+        except ProgramFailure as error:
+            came, expected = (_shapes(args) for args in (held_out, data))
+            raise ProgramError(
+                f"the program does not run on the validation data, of shape {came}; that of the "
+                f"training data is {expected}. Give held-out rows of the same kind. {error}"
+            ) from error
 
 
 def first_run(
@@ -303,8 +343,7 @@ def first_run(
 ) -> None:
     """Run guide and model once, so that every parameter exists."""
     with torch.no_grad(), poutine.block():
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        poutine.replay(model, trace=trace)(*args, **kwargs)
+        trace_pair(model, guide, args, kwargs)
 
 
 # --------------------------------------------------------------------------------------- arguments
@@ -321,7 +360,25 @@ def _checked_objective(objective: Any) -> Any:
     return objective
 
 
-def _resumed_settings(fit: Fit, seed: int | None, batch_size: int | None) -> tuple[int, int | None]:
+def _check_callables(callbacks: Any, transform: Any) -> None:
+    if transform is not None and not callable(transform):
+        raise ProgramError(
+            "transform must be a callable from the tuple of a minibatch's arguments to another, "
+            f"but is {transform!r}"
+        )
+    if isinstance(callbacks, (list, tuple)) and all(map(callable, callbacks)):
+        return
+    name = getattr(callbacks, "__name__", "callback")
+    hint = f": write callbacks=[{name}]" if callable(callbacks) else ""
+    raise ProgramError(f"callbacks must be a list of callables, but is {callbacks!r}{hint}")
+
+
+def _resumed_settings(fit: Any, seed: int | None, batch_size: int | None) -> tuple[int, int | None]:
+    if not isinstance(fit, Fit):
+        raise ProgramError(
+            f"resume must be a fit, but is {fit!r}. Read a fit on disk with "
+            "lvppl.load(folder, model, guide)."
+        )
     if seed is not None and seed != fit.seed:
         raise ProgramError(f"the fit to be resumed has seed {fit.seed}, not {seed}: leave seed out")
     before = fit.settings["batch_size"]
@@ -414,25 +471,47 @@ def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
         )
 
 
+def _shapes(args: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(args))
+
+
 @contextmanager
-def _explained(data: tuple[Any, ...], modules: list[nn.Module]) -> Iterator[None]:
-    """Say what differs where a program fails because tensors do not go together."""
+def _explained(
+    data: tuple[Any, ...], kwargs: Mapping[str, Any], modules: list[nn.Module]
+) -> Iterator[None]:
+    """Say why a program fails: tensors do not go together, or an option does not exist."""
     try:
         yield
-    except RuntimeError as error:
-        floats = {str(t.dtype) for t in _tensors(data) if t.is_floating_point()}
-        own = [t for module in modules for t in module.parameters() if t.is_floating_point()]
-        kinds = {str(tensor.dtype) for tensor in own}
-        if floats and kinds and floats != kinds:
-            raise ProgramError(
-                f"the data are {', '.join(sorted(floats))} but the modules of the program are "
-                f"{', '.join(sorted(kinds))}: {error}. Convert one, with data.float() or "
-                "module.double()."
-            ) from error
-        places = {str(t.device) for t in [*_tensors(data), *own]}
-        if len(places) > 1:
-            raise ProgramError(
-                f"tensors are on different devices, {', '.join(sorted(places))}: {error}. Name one "
-                "in fit(..., device=...)."
-            ) from error
+    except (RuntimeError, ProgramFailure) as error:
+        _explain_option(error, kwargs)
+        _explain_tensors(error, data, modules)
         raise
+
+
+def _explain_option(error: Exception, kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if f"unexpected keyword argument '{name}'" in str(error):
+            close = difflib.get_close_matches(name, inspect.signature(SVI.fit).parameters, 1)
+            meant = f" Did you mean {close[0]}=?" if close else ""
+            raise ProgramError(
+                f"{error}: fit({name}=...) is not an option of fit, and the program does not take "
+                f"it.{meant}"
+            ) from error
+
+
+def _explain_tensors(error: Exception, data: tuple[Any, ...], modules: list[nn.Module]) -> None:
+    floats = {str(t.dtype) for t in _tensors(data) if t.is_floating_point()}
+    own = [t for module in modules for t in module.parameters() if t.is_floating_point()]
+    kinds = {str(tensor.dtype) for tensor in own}
+    if floats and kinds and floats != kinds:
+        raise ProgramError(
+            f"the data are {', '.join(sorted(floats))} but the modules of the program are "
+            f"{', '.join(sorted(kinds))}: {error}. Convert one, with data.float() or "
+            "module.double()."
+        ) from error
+    places = {str(t.device) for t in [*_tensors(data), *own]}
+    if len(places) > 1:
+        raise ProgramError(
+            f"tensors are on different devices, {', '.join(sorted(places))}: {error}. Name one "
+            "in fit(..., device=...)."
+        ) from error

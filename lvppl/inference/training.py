@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lvppl.data.batches import Minibatches
-from lvppl.errors import ProgramError
+from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.diagnose import clear, diagnose
-from lvppl.inference.minibatch import gather, num_rows, scaled_minibatch
+from lvppl.inference.minibatch import gather, num_rows, scaled_minibatch, transformed
 from lvppl.inference.optimizers import Mover
 from lvppl.inference.progress import Progress
 from lvppl.inference.state import FitState
@@ -82,6 +82,7 @@ class Plan:
     seed: int
     callbacks: tuple[Callable[[Any], Any], ...] = ()
     progress: bool = True
+    strict: bool = True
 
     @property
     def rows(self) -> int | None:
@@ -120,6 +121,8 @@ class Training:
 
     def __post_init__(self) -> None:
         plan = self.plan
+        for schedule in _schedules(plan.objective):
+            schedule.to(plan.device)
         self.losses = torch.empty(plan.max_steps, dtype=torch.float64, device=plan.device)
         self.order = torch.Generator(plan.device)
         self.order.manual_seed(derived_seed(plan.seed, "order"))
@@ -246,7 +249,7 @@ class Training:
         if index is not None:
             assert self.plan.rows is not None
             args = gather(args, index, self.plan.rows)
-        return args if self.plan.transform is None else tuple(self.plan.transform(args))
+        return transformed(self.plan.transform, args)
 
     def _scaled(self, rows: int | None) -> Any:
         if self.plan.batch_size is None or rows is None:
@@ -296,7 +299,7 @@ class Training:
             try:
                 loss, norm, grads = self._gradients(index)
             except _NOT_FINITE as error:
-                if isinstance(error, ProgramError):
+                if isinstance(error, ProgramError) and not isinstance(error, ProgramFailure):
                     raise
                 finding = self._diagnose(index, before)
                 if finding is None:
@@ -382,7 +385,7 @@ class Training:
                     return -float(loss) / rows, None, None
                 report = plan.objective.report(plan.model, plan.guide, *args, **plan.kwargs)
         except _NOT_FINITE as error:
-            if isinstance(error, ProgramError):
+            if isinstance(error, ProgramError) and not isinstance(error, ProgramFailure):
                 raise
             return (math.nan,) * 3 if reports else (math.nan, None, None)
         totals = (report.elbo.total, report.rate.total, report.distortion.total)
@@ -396,8 +399,7 @@ class Training:
         rows = num_rows(plan.validation)
         total = 0.0
         for part, weight in self._chunks(plan.validation, rows):
-            batch = part if plan.transform is None else tuple(plan.transform(part))
-            total += weight * self._report(batch, rows)[0]
+            total += weight * self._report(transformed(plan.transform, part), rows)[0]
         return total
 
     def _chunks(

@@ -35,7 +35,7 @@ from lvppl.inference.posterior import (
 )
 from lvppl.inference.psis import khat_threshold, psis
 from lvppl.seeding import RandomStream
-from lvppl.terms import Terms, trace_terms
+from lvppl.terms import Site, Terms, trace_terms
 from lvppl.tracing import is_point, undisturbed
 
 __all__ = ["to_arviz"]
@@ -140,8 +140,10 @@ class _Pair:
     """Parameters of the model: points, not draws."""
     factors: tuple[str, ...]
     """Sites of ``pyro.factor``: they weigh the model, so that its prior cannot be sampled."""
+    global_factors: tuple[str, ...]
+    """Those outside some of the plates: they weigh the global latents."""
     joint: str
-    """Why locals cannot be told from globals in the guide; empty where they can."""
+    """Why locals cannot be told from globals; empty where they can."""
 
     @property
     def is_global(self) -> bool:
@@ -159,9 +161,13 @@ class _Pair:
         if observed:
             common = set.intersection(*(set(site.plates) for site in observed))
             plates = tuple(name for name in observed[0].plates if name in common)
-        inside = {
-            n: bool(plates) and set(plates) <= set(s.plates) for n, s in terms.latents.items()
-        }
+
+        def is_local(site: Site) -> bool:
+            return bool(plates) and set(plates) <= set(site.plates)
+
+        inside = {name: is_local(site) for name, site in terms.latents.items()}
+        factors = sorted(terms.observed.keys() - {site.name for site in observed})
+        outside = tuple(name for name in factors if not is_local(terms.observed[name]))
         return _Pair(
             model,
             guide,
@@ -171,13 +177,15 @@ class _Pair:
             globals=tuple(name for name, local in inside.items() if not local),
             locals=tuple(name for name, local in inside.items() if local),
             parameters=tuple(params.param_nodes),
-            factors=tuple(sorted(terms.observed.keys() - {site.name for site in observed})),
-            joint=_joint(terms, inside),
+            factors=tuple(factors),
+            global_factors=outside,
+            joint=_joint(terms, inside) or _coupled(model, data, kwargs, inside, outside),
         )
 
     def only_globals(self) -> _Pair:
         """The pair with local latents and observations out of sight: p(theta) and q(theta)."""
-        return self._through(lambda program: poutine.block(program, expose=list(self.globals)))
+        shown = [*self.globals, *self.global_factors]
+        return self._through(lambda program: poutine.block(program, expose=shown))
 
     def given(self, values: dict[str, Tensor]) -> _Pair:
         """The pair with its global latents held at ``values``: only the locals are in sight.
@@ -185,7 +193,7 @@ class _Pair:
         ``values`` may be changed in place afterwards: the programs, and what is known of their
         structure, stay the same.
         """
-        hidden = list(self.globals)
+        hidden = [*self.globals, *self.global_factors]
         return self._through(
             lambda program: poutine.block(poutine.condition(program, data=values), hide=hidden)
         )
@@ -209,6 +217,31 @@ def _joint(terms: Terms, inside: Mapping[str, bool]) -> str:
                 is_drawn = name in run.model_sites and not is_point(run.model_sites[name])
                 if is_drawn and not in_plate:
                     return f"the guide draws the local latent '{name}' outside its plate"
+    return ""
+
+
+def _coupled(
+    model: Program,
+    data: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    inside: Mapping[str, bool],
+    factors: Sequence[str],
+) -> str:
+    """Which factor outside the plates weighs local latents, if one does: it is seen to move."""
+    if not factors or not any(inside.values()):
+        return ""
+    with undisturbed(), poutine.block():
+        first = poutine.trace(model).get_trace(*data, **kwargs)
+        drawn: Any = {
+            n: first.nodes[n]["value"]
+            for n, local in inside.items()
+            if n in first.nodes and not local
+        }
+        again = poutine.trace(poutine.condition(model, data=drawn)).get_trace(*data, **kwargs)
+    for name in factors:
+        before, after = (cast(Any, trace.nodes[name]["fn"]) for trace in (first, again))
+        if not torch.equal(before.log_factor, after.log_factor):
+            return f"pyro.factor '{name}' weighs local latents outside their plate"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ class Objective(PyroLoss):
             ProgramError: model and guide do not fit each other or this objective.
         """
         terms = self.terms(model, guide, args, kwargs)
+        terms.require_densities()
         loss = terms.total(self.per_datum(terms))
         surrogate = self.surrogate(terms) if torch.is_grad_enabled() else None
         return loss if surrogate is None else surrogate + (loss - surrogate).detach()
@@ -213,9 +215,15 @@ def quantity(terms: Terms, per_datum: Tensor) -> Quantity:
 
 
 def leave_one_out_mean(values: Tensor) -> Tensor:
-    """For each particle the mean of the others, (particles, data); needs two particles."""
-    others = values.shape[0] - 1
-    return (values.sum(0) - values) / others
+    """For each particle the mean of the others, (particles, data); needs two particles.
+
+    Minus infinity where one of the others is.
+    """
+    impossible = values == -math.inf
+    finite = values.masked_fill(impossible, 0.0)
+    mean = (finite.sum(0) - finite) / (values.shape[0] - 1)
+    others = impossible.sum(0) - impossible.long()
+    return mean.masked_fill(others > 0, -math.inf)
 
 
 def expected(terms: Terms, values: Tensor) -> Tensor:
@@ -242,6 +250,11 @@ def require_reparameterised(terms: Terms, name: str) -> None:
     Raises:
         ProgramError: a guide site is not reparameterised, or is enumerated.
     """
+    if terms.adopted:
+        raise ProgramError(
+            f"gradient='{name}' needs every latent to be drawn by the guide; '{terms.adopted[0]}' "
+            "is drawn from its prior. Add it to the guide, or use gradient='standard'."
+        )
     sites = [*terms.layout.score_sites]
     sites += [n for n in terms.layout.enumerated if n in terms.guide_site_names]
     if sites:

@@ -86,7 +86,7 @@ class IWAE(Objective):
         log_score = terms.log_score if torch.is_grad_enabled() else None
         if log_score is not None:
             score = (log_score * _vimco_signal(log_weight.detach())).sum(0)
-            bound = bound + score - score.detach()
+            bound = bound + (score - score.detach())
         return -bound
 
     def surrogate(self, terms: Terms) -> Tensor | None:
@@ -114,14 +114,24 @@ def _require_plain_weights(terms: Terms) -> None:
 
 
 def _log_mean_exp(log_weight: Tensor) -> Tensor:
-    return torch.logsumexp(log_weight, 0) - math.log(log_weight.shape[0])
+    """ln of the mean weight; −∞, with gradient 0, where all weights are zero."""
+    impossible = (log_weight == -math.inf).all(0)
+    total = torch.logsumexp(log_weight.masked_fill(impossible, 0.0), 0)
+    return (total - math.log(log_weight.shape[0])).masked_fill(impossible, -math.inf)
 
 
 def _vimco_signal(log_weight: Tensor) -> Tensor:
-    """L minus the same bound with each particle's weight replaced by the others' geometric mean."""
-    particles = log_weight.shape[0]
-    others = leave_one_out_mean(log_weight)
-    eye = torch.eye(particles, dtype=torch.bool, device=log_weight.device)[..., None]
-    replaced = torch.where(eye, others[:, None], log_weight[None])  # (left out, particles, data)
-    baseline = torch.logsumexp(replaced, 1) - math.log(particles)
-    return _log_mean_exp(log_weight) - baseline
+    """L minus the same bound with each particle's weight replaced by the others' geometric mean.
+
+    Where all others are zero, or all are, the baseline is 0: any number that does not depend on
+    the particle itself is right.
+    """
+    zero = log_weight.new_full((1, *log_weight.shape[1:]), -math.inf)
+    before = torch.cat([zero, log_weight.logcumsumexp(0)[:-1]])
+    after = torch.cat([log_weight.flip(0).logcumsumexp(0).flip(0)[1:], zero])
+    others = torch.logaddexp(before, after)
+    replaced = torch.logaddexp(others, leave_one_out_mean(log_weight))
+    baseline = replaced - math.log(log_weight.shape[0])
+    bound = _log_mean_exp(log_weight)
+    signal = bound - baseline.masked_fill(baseline == -math.inf, 0.0)
+    return signal.masked_fill(bound == -math.inf, 0.0)

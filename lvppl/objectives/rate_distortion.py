@@ -121,9 +121,10 @@ class RateDistortion(Objective):
         return terms.distortion(function)
 
     def _free_rate(self, terms: Terms) -> Tensor:
-        by_site = [expected(terms, kl).mean() for kl in terms.kl_by_site().values()]
-        rest = expected(terms, terms.kl - sum(terms.kl_by_site().values()))
-        free = torch.stack(by_site).clamp(min=self.free_nats).sum()
+        by_latent = list(terms.kl_by_latent().values())
+        means = torch.stack([expected(terms, kl).mean() for kl in by_latent])
+        rest = expected(terms, terms.kl - torch.stack(by_latent).sum(0))
+        free = means.clamp(min=self.free_nats).sum()
         return rest + free.expand(terms.num_data)
 
     # ----------------------------------------------------------------------- λ driven to a target
@@ -142,7 +143,8 @@ class RateDistortion(Objective):
         gap = measured.detach().mean() / (goal * unit) - 1.0
         sign = 1.0 if name == "rate" else -1.0
         log_weight = _log_weight(distortion, float(self.weight))  # type: ignore[arg-type]
-        return (sign * gap * (log_weight - log_weight.detach())).expand(terms.num_data)
+        step = sign * gap * (log_weight - log_weight.detach())
+        return step.expand(terms.num_data) / (terms.num_data * terms.scale)  # counted once
 
     def _counts_in_bits(self, name: str) -> bool:
         return self.distortion == "bits" or (self.unit == "bits" and name == "rate")
@@ -204,10 +206,12 @@ def _checked_target(
 ) -> dict[str, float] | None:
     if target is None:
         return None
-    if len(target) != 1 or next(iter(target)) not in ("rate", "distortion"):
-        raise ProgramError(
-            f"target must be {{'rate': r}} or {{'distortion': d}}, got {dict(target)!r}."
-        )
+    if (
+        not isinstance(target, Mapping)
+        or len(target) != 1
+        or next(iter(target)) not in ("rate", "distortion")
+    ):
+        raise ProgramError(f"target must be {{'rate': r}} or {{'distortion': d}}, got {target!r}.")
     ((name, goal),) = target.items()
     if not 0 < goal < math.inf:
         raise ProgramError(f"The target {name} must be a positive number, got {goal!r}.")

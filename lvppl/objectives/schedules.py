@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -26,6 +27,10 @@ class Schedule(ABC):
     @abstractmethod
     def at(self, step: int) -> float:
         """The number at a step, counted from 0."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move ``value`` to a device; a fit does so before its first step."""
+        self.value = self.value.to(device)
 
     def advance_to(self, step: int) -> None:
         """Set ``value`` to the number at ``step``."""
@@ -75,6 +80,8 @@ class CyclicSchedule(Schedule):
 
 
 def _check(first: float, second: float, num_steps: int) -> None:
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise ProgramError(f"A weight must be a finite number, got {first} and {second}.")
     if num_steps < 1:
         raise ProgramError(f"A schedule needs at least one step, got {num_steps}.")
     if min(first, second) < 0:

@@ -59,6 +59,16 @@ def best(family):
     return dist.Normal(MEAN, PRECISION.diagonal().rsqrt().expand(3, 2)).to_event(1)
 
 
+def test_the_seed_decides_the_draws_of_the_evaluation():
+    def elbo(seed):
+        options = {"num_steps": 1, "num_particles": 2, "num_repetitions": 2, "seed": seed}
+        return amortization_gap(model, guide_of(poor("diagonal")), Y, **options).elbo_encoder
+
+    assert torch.equal(elbo(3), elbo(3))
+    assert (elbo(3) != elbo(4)).all()
+    assert (elbo(None) != elbo(None)).all()
+
+
 @pytest.mark.parametrize("family", ["diagonal", "full"])
 def test_known_gap(family):
     result = amortization_gap(

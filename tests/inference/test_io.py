@@ -20,7 +20,7 @@ from lvppl import io
 from lvppl.errors import ProgramError
 from lvppl.inference.state import modules_of
 from lvppl.inference.svi import SVI
-from lvppl.objectives import RateDistortion
+from lvppl.objectives import ELBO, RateDistortion
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +274,42 @@ def test_broken_and_foreign_files(tmp_path):
     torch.save(content, path)
     with pytest.raises(ProgramError, match=r"format version 99, .* written by lvppl 9\.9"):
         io.load(tmp_path, model, guide)
+
+
+def test_folders_that_are_none(tmp_path):
+    model, guide, fit = fitted()
+    (tmp_path / "run").write_text("notes")
+    for folder in (tmp_path / "run", tmp_path / "run" / "first"):
+        with pytest.raises(ProgramError, match=r"is a file, or inside of one\. Give another path"):
+            fit.save(folder)
+    assert (tmp_path / "run").read_text() == "notes"
+    with pytest.raises(ProgramError, match=r"Give the folder that fit\.save\(folder\) wrote"):
+        io.load(tmp_path / "nothing", model, guide)
+
+
+def test_model_and_guide_in_each_others_place(tmp_path):
+    model, guide, fit = fitted()
+    fit.save(tmp_path)
+    with pytest.raises(ProgramError, match="'y'"):
+        io.load(tmp_path, guide, model)
+    assert io.load(tmp_path, model, guide).num_steps == fit.num_steps
+
+
+def test_a_fit_that_was_not_strict_loads(tmp_path):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("noise", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    options = {"num_steps": 1, "progress": False, "seed": 0}
+    fit = SVI(model, guide, objective=ELBO(strict=False)).fit(Y[:, 0], strict=False, **options)
+    fit.save(tmp_path)
+    assert torch.equal(io.load(tmp_path, model, guide).params["loc"], fit.params["loc"])
 
 
 def test_another_program_is_refused_by_name_and_shape(tmp_path):

@@ -450,8 +450,12 @@ def test_zero_weights_count():
             pyro.factor("positive", inside)
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
+    def prior(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
+
     y = make_data(10)[:, 0]
-    estimate = log_likelihood(bounded, y, estimator="naive", num_samples=4000, seed=0)
+    estimate = log_likelihood(bounded, y, guide=prior, num_samples=4000, seed=0)
     # integral over z > 0 of N(z; 0, 1) N(y; z, 1): evidence times P(z > 0 | y)
     mass = dist.Normal(y / 2, math.sqrt(0.5))
     truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(y) + torch.log1p(-mass.cdf(0 * y))
@@ -464,8 +468,13 @@ def test_all_weights_zero():
             z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).to(y)))
             pyro.factor("never", torch.where(y < 0, -math.inf, 0.0) + 0 * z)
 
+    def prior(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).to(y)))
+
     y = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
-    estimate = log_likelihood(impossible, y, estimator="naive", num_samples=60, sample_chunk=9)
+    with pytest.warns(UserWarning, match=r"for 1 of 3 data \(1\)"):
+        estimate = log_likelihood(impossible, y, guide=prior, num_samples=60, sample_chunk=9)
     assert estimate.log_prob.tolist() == [0.0, -math.inf, 0.0]
     assert estimate.std_error.isnan().tolist() == [False, True, False]
     assert estimate.ess.tolist() == [60.0, 0.0, 60.0]
@@ -479,8 +488,12 @@ def test_weights_that_are_no_numbers_are_named_by_datum(value, word):
             z = pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
             pyro.factor("y", torch.where(y > 5, value, 0.0) * torch.ones_like(z))
 
+    def prior(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
+
     y = torch.tensor([0.0, 1.0, 9.0, 2.0, 8.0], dtype=torch.float64)
-    options = {"estimator": "naive", "num_samples": 20}
+    options = {"guide": prior, "num_samples": 20}
     with pyro.validation_enabled(False):
         with pytest.raises(ProgramError, match=rf"{word} for 1 data \(2\)"):
             log_likelihood(broken, y, batch_size=3, **options)
@@ -506,9 +519,152 @@ def test_bits_per_dimension():
     bits = (make_data(7) > 0).double()
     estimate = log_likelihood(coins, bits, estimator="naive", num_samples=5)
     assert estimate.bits_per_dim == pytest.approx(1.0)
-    assert estimate.num_discrete == D and estimate.num_continuous == 0
+    assert estimate.num_discrete == bits.numel() and estimate.num_continuous == 0
     with pytest.raises(ProgramError, match="discrete"):
         log_likelihood(coins, bits, estimator="naive", num_samples=5, bin_width=0.1)
+
+
+def vectors(likelihood):
+    """y_n ~ likelihood, beside a latent of no consequence; ``likelihood`` is a function of y."""
+
+    def model(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
+            pyro.sample("y", likelihood(y), obs=y)
+
+    return model
+
+
+HALF = torch.arange(4) < 2  # of four pixels
+RAGGED = torch.arange(4) < torch.arange(7)[:, None] % 4 + 1  # 1, 2, 3, 4, 1, 2, 3 pixels
+
+
+def fair(y):
+    return dist.Bernoulli(torch.full_like(y, 0.5))
+
+
+def handler_masked(y):
+    rows, pixels = pyro.plate("data", y.shape[0], dim=-2), pyro.plate("pixels", 4)
+    with rows, pixels, pyro.poutine.mask(mask=HALF):
+        pyro.sample("y", fair(y), obs=y)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [
+        (vectors(lambda y: fair(y).to_event(1)), 28),
+        (vectors(lambda y: fair(y).mask(HALF).to_event(1)), 14),
+        (vectors(lambda y: fair(y).to_event(1).mask(y[:, 0] == 1)), None),
+        (vectors(lambda y: fair(y).mask(RAGGED[: len(y)]).to_event(1)), None),
+        (vectors(lambda y: dist.Bernoulli(torch.tensor(0.5)).mask(HALF).to_event(1)), 14),
+        (handler_masked, 14),
+    ],
+)
+def test_bits_count_what_is_scored(program, number, batch_size):
+    """A fair coin has one bit, however many of the coins are looked at."""
+    y = (torch.arange(28).reshape(7, 4) * 5 % 3 == 1).double()
+    if program is handler_masked:
+        batch_size = None  # no latent, and two data plates
+    options = {"num_samples": 2, "seed": 0, "batch_size": batch_size}
+    estimate = log_likelihood(program, y, estimator="naive", **options)
+    assert estimate.bits_per_dim == pytest.approx(1.0)
+    assert estimate.bits_per_dim_std_error == pytest.approx(0.0)
+    assert number is None or estimate.num_discrete == number
+
+
+def test_bits_of_a_choice_and_of_a_tally():
+    """One of four symbols is two bits; a tally of three such throws is one value."""
+    y = torch.eye(4, dtype=torch.float64)[[0, 2, 3]]
+    uniform = torch.full((4,), 0.25, dtype=torch.float64)
+    options = {"estimator": "naive", "num_samples": 2, "seed": 0}
+    symbol = vectors(lambda y: dist.OneHotCategorical(uniform).expand([len(y)]))
+    assert log_likelihood(symbol, y, **options).bits_per_dim == pytest.approx(2.0)
+    pairs = vectors(lambda y: dist.OneHotCategorical(uniform).expand([len(y), 2]).to_event(1))
+    two = torch.stack([y, y.flip(0)], 1)
+    assert log_likelihood(pairs, two, **options).bits_per_dim == pytest.approx(2.0)
+    tally = vectors(lambda y: dist.Multinomial(3, uniform).expand([len(y)]))
+    estimate = log_likelihood(tally, 3 * y, **options)
+    assert estimate.bits_per_dim == pytest.approx(6.0) and estimate.num_discrete == 3
+
+
+def test_bits_of_masked_continuous_values_have_their_cells():
+    y = make_data(5)
+    half = torch.tensor([True, False, True])
+    normal = dist.Normal(torch.zeros(D).to(y), 1.0)
+    program = vectors(lambda y: normal.mask(half).expand([len(y), D]).to_event(1))
+    options = {"estimator": "naive", "num_samples": 2, "seed": 0, "bin_width": 0.1}
+    truth = -(normal.log_prob(y)[:, half].mean().item() + math.log(0.1)) / math.log(2)
+    assert log_likelihood(program, y, **options).bits_per_dim == pytest.approx(truth)
+
+
+def test_all_values_masked_have_no_bits():
+    hidden = vectors(lambda y: fair(y).mask(False).to_event(1))
+    estimate = log_likelihood(hidden, torch.zeros(3, 4), estimator="naive", num_samples=2)
+    with pytest.raises(ProgramError, match="masks hide every value"):
+        estimate.bits_per_dim  # noqa: B018
+    assert "bits" not in estimate.summary()
+
+
+def test_bits_where_values_depend_on_an_enumerated_latent():
+    def program(y):
+        with pyro.plate("data", y.shape[0]):
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            half = (0.5 + 0 * k)[..., None].expand(*k.shape, 4)
+            pyro.sample("y", dist.Bernoulli(half).mask(HALF).to_event(1), obs=y)
+
+    estimate = log_likelihood(program, torch.zeros(3, 4), estimator="naive", num_samples=2)
+    assert estimate.bits_per_dim == pytest.approx(1.0) and estimate.num_discrete == 6
+
+
+def test_a_prior_that_cannot_be_sampled_has_no_naive_estimate():
+    def coupled(y):
+        with pyro.plate("data", y.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
+            pyro.factor("coupling", -0.5 * z**2)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("z", dist.Normal(y / 3, math.sqrt(1 / 3)))
+
+    y = make_data(4)[:, 0]
+    with pytest.raises(ProgramError, match=r"'coupling' is a pyro\.factor.*Use estimator=\"import"):
+        log_likelihood(coupled, y, estimator="naive", num_samples=2)
+    # the integral of N(z; 0, 1) exp(-z^2 / 2) N(y; z, 1), for which this guide is exact
+    truth = 0.5 * math.log(0.5) + dist.Normal(0.0, math.sqrt(1.5)).log_prob(y)
+    estimate = log_likelihood(coupled, y, guide=guide, num_samples=30)
+    torch.testing.assert_close(estimate.log_prob, truth)
+
+
+def test_an_observation_without_a_density_is_refused():
+    def generator(y):
+        with pyro.plate("data", y.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).to(y), 1.0))
+            pyro.sample("y", dist.Delta(z.exp()), obs=y)
+
+    with pytest.raises(ProgramError, match="'y' is a deterministic observation on a continuous"):
+        log_likelihood(generator, make_data(4)[:, 0], estimator="naive", num_samples=2)
+
+
+def test_bounded_weights_of_few_values_warn_of_nothing():
+    """Bernoulli(1/2) as the guide of a coin: two values of the weight, each drawn 500 times."""
+
+    def mixture(y):
+        with pyro.plate("data", y.shape[0]):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.4).to(y)))
+            pyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+    def coin(y):
+        with pyro.plate("data", y.shape[0]):
+            pyro.sample("k", dist.Bernoulli(torch.tensor(0.5).to(y)))
+
+    y = make_data(5)[:, 0]
+    estimate = log_likelihood(mixture, y, guide=coin, num_samples=1000, seed=0)
+    assert (estimate.khat == -math.inf).all() and not estimate.flagged.numel()
+    parts = [math.log(p) + dist.Normal(k, 1.0).log_prob(y) for k, p in ((1.0, 0.4), (0.0, 0.6))]
+    error = (estimate.log_prob - torch.stack(parts).logsumexp(0)) / estimate.std_error
+    assert error.abs().max() < 4.0
 
 
 def test_summary_says_what_it_is():

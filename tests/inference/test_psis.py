@@ -107,6 +107,26 @@ def test_equal_weights_are_an_exact_proposal(dtype):
     torch.testing.assert_close(smoothed, log_weights.double(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tail_of_equal_weights_is_bounded(dtype):
+    """Two values: the average is that of a coin, whose every moment exists."""
+    coin = torch.arange(1000) % 2 == 0
+    log_weights = torch.where(coin, -1.0, -3.0).to(dtype)
+    smoothed, khat = psis(log_weights, normalize=False)
+    assert khat.item() == -math.inf
+    torch.testing.assert_close(smoothed, log_weights.double(), rtol=0, atol=0)
+    keep = tail_size(1000) + 1
+    streamed = khat_from_tail(
+        log_weights.topk(keep).values[:, None], log_weights.amin()[None], 1000
+    )
+    assert streamed.item() == -math.inf
+    # a largest value that is rarer than the tail is no tie
+    rare = torch.where(torch.arange(1000) < keep - 2, -1.0, -3.0).to(dtype)
+    assert psis(rare)[1].item() > -math.inf
+    # and a tail of four weights is too short to tell
+    assert psis(log_weights[:20])[1].item() == math.inf
+
+
 def test_no_fit_is_an_infinite_khat():
     few = draws("normal", 10, 2)
     assert (psis(few)[1] == math.inf).all()

@@ -265,6 +265,10 @@ def test_schedules_are_advanced_before_each_step():
     class Counting:
         def __init__(self):
             self.steps = []
+            self.devices = []
+
+        def to(self, device):
+            self.devices.append(device)
 
         def advance_to(self, step):
             self.steps.append(step)
@@ -279,6 +283,7 @@ def test_schedules_are_advanced_before_each_step():
     half = fit_of(options={"objective": objective}, num_steps=4)
     fit_of(options={"objective": objective}, num_steps=7, seed=None, resume=half)
     assert objective.counter.steps == list(range(7))
+    assert objective.counter.devices == [torch.device("cpu")] * 2  # once for each fit
 
 
 def test_plain_callable_objective():
@@ -584,6 +589,17 @@ BAD_FITS = [
     ({**GOOD, "validation": (data(), data())}, r"validation has 2 arguments"),
     ({**GOOD, "validation": data()[:0]}, r"validation argument 0 has no rows"),
     ({**GOOD, "patience": 0}, r"patience must be at least 1"),
+    ({**GOOD, "tolerance": -1.0}, r"tolerance must be at least 0 and finite, .* -1.0"),
+    ({**GOOD, "tolerance": "small"}, r"tolerance must be at least 0 .* 'small'"),
+    ({**GOOD, "callbacks": print}, r"callbacks must be a list .*write callbacks=\[print\]"),
+    ({**GOOD, "callbacks": [3]}, r"callbacks must be a list of callables, but is \[3\]"),
+    ({**GOOD, "transform": 3}, r"transform must be a callable .* is 3"),
+    ({**GOOD, "transform": lambda batch: batch[0]}, r"must return a tuple .* returned a Tensor"),
+    ({**GOOD, "resume": "runs/first"}, r"resume must be a fit.*lvppl\.load\(folder, model, guide"),
+    (
+        {**GOOD, "num_epoch": 3},
+        r"The guide fails before .*fit\(num_epoch=...\) is not an option of fit, .*num_epochs=\?",
+    ),
 ]
 
 
@@ -601,6 +617,9 @@ def test_bad_options_of_fit(options, message):
         ({"optimizer": 3}, r"optimizer must be a torch.optim class"),
         ({"optimizer": pyro.optim.Adam({}), "learning_rate": 0.1}, r"carries its own"),
         ({"learning_rate": -1.0}, r"learning_rate must be positive"),
+        ({"learning_rate": "0.1"}, r"learning_rate must be positive .* '0.1'"),
+        ({"clip_norm": "1"}, r"clip_norm must be positive .* '1'"),
+        ({"scheduler": 0.9}, r"scheduler must be a callable"),
         ({"clip_norm": 0.0}, r"clip_norm must be positive"),
         ({"scheduler_interval": "year"}, r"scheduler_interval must be"),
         ({"objective": ELBO}, r"objective must be an objective such as"),
@@ -624,6 +643,65 @@ def test_bad_options_of_svi(options, message):
 def test_bad_data(program, args, options, message):
     with pytest.raises(ProgramError, match=message):
         SVI(program, local_guide).fit(*args, **options, **GOOD)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_validation_data_that_the_program_does_not_take(batch_size):
+    net = nn.Linear(4, 1)
+
+    def wide(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z[..., None].expand(y.shape), 1.0).to_event(1), obs=y)
+
+    def encoder(y):
+        pyro.module("net", net)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(net(y)[:, 0], 1.0))
+
+    steps = []
+    options = {**GOOD, "batch_size": batch_size, "callbacks": [steps.append]}
+    with pytest.raises(ProgramError, match=r"validation data, of shape \(5, 3\); .* \(6, 4\)"):
+        SVI(wide, encoder).fit(torch.ones(6, 4), validation=torch.ones(5, 3), **options)
+    assert not steps
+    SVI(wide, encoder).fit(torch.ones(6, 4), validation=torch.ones(5, 4), **options)
+
+
+def generator(y):
+    scale = pyro.param("scale", y.new_tensor(1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+        pyro.sample("y", dist.Delta(scale * z), obs=y)
+
+
+def test_a_generator_needs_an_objective_without_densities():
+    with pytest.raises(ProgramError, match="'y' is a deterministic observation on a continuous"):
+        SVI(generator, local_guide).fit(data(), **GOOD)
+
+    def moments(model, guide, y):
+        drawn = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(y).nodes["y"]["value"]
+        return (drawn.square().mean() - y.square().mean()).square()
+
+    fit = SVI(generator, local_guide, objective=moments).fit(data(), **GOOD)
+    assert fit.status == "max_steps" and fit.params["scale"].item() != 1.0
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_errors_of_the_programs_say_which_and_where(batch_size):
+    def twice(y):
+        local_model(y)
+        with pyro.plate("again", len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    def short(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y.new_zeros(3), 1.0))
+
+    options = {**GOOD, "batch_size": batch_size}
+    with pytest.raises(ProgramError, match=r"The model.* fails after .*named 'z'"):
+        SVI(twice, local_guide).fit(data(), **options)
+    with pytest.raises(ProgramError, match=r"The guide fails .*site z"):
+        SVI(local_model, short).fit(data(), **options)
 
 
 def test_bad_programs():

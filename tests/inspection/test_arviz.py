@@ -90,10 +90,20 @@ def local_guide(shift: float, stretch: float) -> Callable[[Tensor], None]:
     return guide
 
 
+def with_factors(y: Tensor) -> None:
+    """with_locals, its prior of theta written as a flat-tailed one times a global factor."""
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(MEAN, dtype=DOUBLE), 2 * SCALE))
+    pyro.factor("sharpened", -1.5 * ((theta - MEAN) / (2 * SCALE)) ** 2)  # to SCALE, up to a factor
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(theta, SPREAD))
+        pyro.sample("y", dist.Normal(z, REST), obs=y)
+
+
 GLOBAL_CASES = {
     "exact": (shared, theta_guide(0.0, 1.0)),
     "wide and moved": (shared, theta_guide(0.3, 1.3)),
     "with locals": (with_locals, local_guide(0.2, 1.2)),
+    "with a factor": (with_factors, local_guide(0.2, 1.2)),
 }
 
 
@@ -390,6 +400,30 @@ def test_a_program_without_latents_has_a_point_posterior() -> None:
     assert "point estimates" in export["posterior"].attrs["posterior"]
     assert float(export["posterior"]["loc"].std()) == 0.0
     assert len(az.summary(export)) == 1
+
+
+def test_a_global_factor_counts_in_the_weights() -> None:
+    """ln p(theta) + the factor is ln N(theta; m, s0²) and a constant, ln 2 less."""
+    options: dict[str, Any] = {"num_samples": 3, "num_inner": 50, "seed": 1, "prior": False}
+    plain = to_arviz(record(with_locals, local_guide(0.0, 1.0)), Y, **options)
+    weighed = to_arviz(record(with_factors, local_guide(0.0, 1.0)), Y, **options)
+    np.testing.assert_array_equal(plain.posterior["theta"], weighed.posterior["theta"])
+    gain = weighed.sample_stats["log_weight"] - plain.sample_stats["log_weight"]
+    np.testing.assert_allclose(gain, -math.log(2), rtol=1e-9)
+
+
+def test_a_factor_of_local_latents_outside_their_plate_is_not_taken_apart() -> None:
+    def coupled(y: Tensor) -> None:
+        theta = pyro.sample("theta", dist.Normal(torch.tensor(MEAN, dtype=DOUBLE), SCALE))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(theta, SPREAD))
+            pyro.sample("y", dist.Normal(z, REST), obs=y)
+        pyro.factor("total", -(z.sum(-1) ** 2))
+
+    fit = record(coupled, local_guide(0.0, 1.0))
+    data = to_arviz(fit, Y, num_samples=5, num_inner=4)
+    assert "'total' weighs local latents" in data.attrs["loo"]
+    assert not hasattr(data, "log_likelihood")
 
 
 def test_needs_two_inner_draws() -> None:

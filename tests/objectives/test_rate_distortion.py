@@ -267,3 +267,37 @@ def test_a_distortion_averages_over_enumerated_sites():
     expected = (responsibilities * (y[:, None] - means).square()).sum(-1)
     report = lvppl.RateDistortion(distortion="squared").report(model, lambda y: None, y)
     assert torch.allclose(report.measured_distortion.per_datum, expected)
+
+
+def test_free_nats_are_counted_by_latent_not_by_the_sites_of_an_autoguide():
+    """AutoNormal splits ln q(z) from ln p(z); the two are one rate."""
+    y = torch.randn(50)
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    guide(y)
+    for free in (0.1, 5.0):
+        torch.manual_seed(0)
+        report = lvppl.RateDistortion(free_nats=free).report(model, guide, y)
+        rate = report.rate.per_datum.mean().item()
+        expected = len(y) * max(free, rate) + float(report.distortion)
+        assert float(report.loss) == pytest.approx(expected)
+
+
+def test_several_latents_of_one_auxiliary_draw_are_one_rate():
+    y = torch.tensor(0.7)
+
+    def model(y):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * w, 1.0), obs=y)
+
+    guide = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    guide(y)
+    terms = lvppl.trace_terms(model, guide, (y,), num_particles=3)
+    assert list(terms.kl_by_latent()) == ["z, w"]
+    torch.testing.assert_close(terms.kl_by_latent()["z, w"], terms.kl)
