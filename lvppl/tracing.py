@@ -139,7 +139,7 @@ def traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace
     handler = poutine.trace(program)
     try:
         return handler.get_trace(*args, **kwargs)
-    except ProgramError:
+    except (ProgramError, torch.cuda.OutOfMemoryError):
         raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
         sites = [n for n, s in handler.trace.nodes.items() if s["type"] in ("sample", "param")]

@@ -613,7 +613,7 @@ def test_a_distribution_without_a_declared_support_is_fine():
             return log_normal(value, 0.0, 1.0)
 
         def expand(self, batch_shape, _instance=None):
-            return Bare(batch_shape, validate_args=False)
+            return Bare(torch.Size(batch_shape), validate_args=False)
 
     def model(y):
         with pyro.plate("data", 3):
