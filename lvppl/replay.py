@@ -55,7 +55,27 @@ class Cut(Messenger):
 
 
 class Replay:
-    """One replay: all particles in one batch, or a single particle of a loop."""
+    """One replay: all particles in one batch, or a single particle of a loop.
+
+    Terms are (particles, data), in nats; E averages over enumerated sites, under their exact
+    posterior (model) or under q (guide). *Summed* are the model's sites inside an enumeration.
+
+    =====================  ==================================================================
+    ``log_likelihood``     Σ E ln p over observed sites
+    ``log_prior``          Σ E ln p over latent sites
+    ``log_guide_drawn``    Σ E ln q over the guide's sites
+    ``log_guide``          log_guide_drawn + E ln p(enumerated | everything else)
+    ``_evidence``          ln Σ over enumerated values of the product of the summed factors
+    ``_observed_apart``    ln p of the observed sites that are not summed + _evidence
+    ``_prior_drawn``       ln p of the drawn latents that are not summed
+    ``log_weight``         _observed_apart + _prior_drawn − log_guide_drawn
+    =====================  ==================================================================
+
+    Args:
+        layout: the structure of the pair, as found before.
+        num_particles: size of the particle plate; ``None`` for one particle without a plate.
+        strict, cut: see ``trace_terms``.
+    """
 
     def __init__(
         self,
@@ -107,7 +127,7 @@ class Replay:
 
     def _match(self, strict: bool) -> frozenset[str]:
         """Give the prior to latents without a guide; return the guide's own noise sites."""
-        latent = {n for n, s in self.model_sites.items() if not s["is_observed"]}
+        latent = [n for n, s in self.model_sites.items() if not s["is_observed"]]
         missing = [
             n
             for n in latent
