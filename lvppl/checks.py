@@ -243,8 +243,9 @@ def _samplable(site: Any) -> tuple[bool, str]:
         )
     try:
         fn.sample()
-    except NotImplementedError:
-        return False, f"'{name}' ({kind_of(fn)}) has a density but no sampler."
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        why = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return False, f"'{name}' ({kind_of(fn)}) has a density but no sampler{why}."
     return True, ""
 
 
@@ -323,13 +324,14 @@ def _check_sites(trace: poutine.Trace, strict: bool) -> None:
         value, fn = site["value"], site["fn"]
         if strict and site["is_observed"]:
             _check_not_broadcast(site)
-        if site["is_observed"] and support_of(fn) is not None and not is_point(site):
+        if strict and site["is_observed"] and support_of(fn) is not None and not is_point(site):
             inside = _inside(fn, value)
             if not bool(inside.all()):
                 raise ProgramError(
                     f"Observed site '{site['name']}' has values outside the support of its "
                     f"{kind_of(fn)} ({fn.support}), the first at index {first_index(~inside)}. "
-                    "Correct the data, or choose a likelihood with that support."
+                    "Correct the data, choose a likelihood with that support, or pass strict=False "
+                    "if its density is meant to be used there."
                 )
 
 

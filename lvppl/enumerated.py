@@ -65,6 +65,11 @@ class Enumerated:
         """The user's own scale around all enumerated factors, which must share one."""
         scales = [user_scale(site) for site, _ in self.factors.values()]
         first = scales[0]
+        if isinstance(first, Tensor):
+            raise ProgramError(
+                "A poutine.scale around enumerated sites must be one number; a tensor of scales "
+                "came. Move per-datum weights to sites of the data plate that are not enumerated."
+            )
         for (name, _), scale in zip(self.factors.items(), scales, strict=True):
             same = scale is first or (
                 not isinstance(scale, Tensor)
@@ -85,7 +90,7 @@ class Enumerated:
         total = torch.zeros(shape, dtype=terms[0].dtype, device=terms[0].device)
         for term in terms:
             total = total + self._per_datum(term, shape)
-        return total * self.scale if not isinstance(self.scale, Tensor) else self._refuse_tensor()
+        return total * self.scale
 
     def number_of_terms(self) -> int:
         """Terms that the exact sum adds up over the whole batch."""
@@ -183,13 +188,6 @@ class Enumerated:
                     "of the subsample would stand inside the sum over that site's values, and the "
                     "result would be biased. Use the full data, or draw that site in the guide."
                 )
-
-    @staticmethod
-    def _refuse_tensor() -> Tensor:
-        raise ProgramError(
-            "A poutine.scale around enumerated sites must be a number, one for all; a tensor of "
-            "scales came. Move per-datum weights to the data plate's sites that are not enumerated."
-        )
 
 
 def user_scale(site: Any) -> Any:

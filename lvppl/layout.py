@@ -99,7 +99,8 @@ def layout_of(
     Raises:
         ProgramError: plates or shapes that contradict each other, by site and plate.
     """
-    cache, key = _remembered(model, guide, args, kwargs, (data_plate, strict))
+    wanted = data_plate if isinstance(data_plate, str | None) else tuple(data_plate)
+    cache, key = _remembered(model, guide, args, kwargs, (wanted, strict))
     if not refresh:
         for known in (True,) if with_particles else (True, False):
             entry = cache.get((key, known))
@@ -126,7 +127,7 @@ def _remembered(
     key = (
         tuple(getattr(program, "__func__", None) for program in programs),
         _signature((args, dict(kwargs))),
-        _signature(options),
+        options,
     )
     try:
         by_guide = _LAYOUTS.setdefault(owners[0], WeakIdKeyDictionary())
@@ -140,8 +141,8 @@ def _signature(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((name, _signature(item)) for name, item in value.items())
     if isinstance(value, list | tuple):
-        return tuple(_signature(item) for item in value)
-    if isinstance(value, int | str | bool | None):
+        return len(value), *(_signature(item) for item in value[:64])
+    if isinstance(value, bool | None):
         return value
     return type(value), *(getattr(value, name, None) for name in ("shape", "dtype", "device"))
 

@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import (
+    Delta,
+    Independent,
+    MaskedDistribution,
+    TransformedDistribution,
+    VonMises,
+)
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.transforms import AffineTransform, ComposeTransform
 
 from lvppl.errors import ProgramError
 from lvppl.tracing import Message, is_enumerated, is_point, kind_of, plates_of, support_of
@@ -150,7 +157,7 @@ def _check_support(name: str, guide_site: Message, p: Any, strict: bool) -> None
         return
     fits = bool(torch.as_tensor(wanted.check(value)).all())
     if strict and not is_point(guide_site):
-        ends = _bounds(wanted), _bounds(found)
+        ends = _bounds(wanted, p), _bounds(found, q)
         fits &= wanted.is_discrete == found.is_discrete
         fits &= None in ends or ends[0] == ends[1]
     if not fits:
@@ -162,8 +169,16 @@ def _check_support(name: str, guide_site: Message, p: Any, strict: bool) -> None
         )
 
 
-def _bounds(support: Any) -> tuple[float, float] | None:
-    """The ends of an interval that does not depend on parameters."""
+def _bounds(support: Any, fn: Any) -> tuple[float, float] | None:
+    """The ends of a support that does not depend on parameters, ``None`` where it may."""
+    while type(fn) in (Independent, MaskedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, VonMises):  # whose density on the line would repeat for ever
+        return -math.pi, math.pi
+    if isinstance(fn, TransformedDistribution) and support.is_discrete is False:
+        transforms = fn.transforms
+        if any(isinstance(part, AffineTransform | ComposeTransform) for part in transforms):
+            return None  # torch calls the image of an affine map real, whatever it maps
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if support is constraints.real:
@@ -185,7 +200,10 @@ def has_no_density(site: Message) -> bool:
         if getattr(fn, "_mask", None) is False:  # a record of a value, not an observation
             return False
         fn = fn.base_dist
-    return bool(site["is_observed"] and isinstance(fn, Delta) and fn.v.is_floating_point())
+    if not (site["is_observed"] and isinstance(fn, Delta) and fn.v.is_floating_point()):
+        return False
+    # a reparameterised latent is recorded as a point at its own value: that is no observation
+    return bool(fn.v.data_ptr() != site["value"].data_ptr())
 
 
 def no_density(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -107,6 +108,7 @@ class Replay:
         self.signature = signature_of([*self.model_sites.values()], [*self.guide_sites.values()])
         check_same_subsamples(model_trace, guide_trace)
         self.layout = self._current(layout)
+        self._runs_model = isinstance(guide, AutoMessenger)  # and meets its observations there
         self._noise = self._match(strict and guide is not None)
 
     def evaluate_guide(self) -> Replay:
@@ -147,7 +149,8 @@ class Replay:
             and getattr(s["fn"], "_mask", None) is not False
         }
         if strict:
-            refuse_mismatch(missing, sorted(extra), sorted(seen), self.model_sites)
+            observes = [] if self._runs_model else sorted(seen)
+            refuse_mismatch(missing, sorted(extra), observes, self.model_sites)
         for name in missing:
             self.guide_sites[name] = self.model_sites[name]
         return frozenset(extra | seen)
@@ -254,14 +257,14 @@ class Replay:
                 "implemented. Use a distribution that has one."
             ) from error
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            text = str(error).split("\n\n")[0]
+            text = str(error).split("\n\n")[0].rstrip(".")
             value = site["value"]
             if not isinstance(value, Tensor):
-                text = f"{text}. Its value is a {type(value).__name__}: use torch.as_tensor."
+                text = f"{text}. Its value is a {type(value).__name__}: use torch.as_tensor"
             elif not value.is_floating_point():
-                text = f"{text}. Its value is {value.dtype}: a float may be wanted, .float()."
+                text = f"{text}. Its value is {value.dtype}: a float may be wanted, .float()"
             raise ProgramFailure(
-                f"The log-probability of site '{site['name']}' ({kind_of(fn)}) fails: {text} "
+                f"The log-probability of site '{site['name']}' ({kind_of(fn)}) fails: {text}. "
                 "lvppl.check(model, guide, *data) says where."
             ) from error
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.layout import layout_of
+from lvppl.layout import Layout, layout_of
 from lvppl.matching import has_no_density, no_density
 from lvppl.replay import Replay
 from lvppl.site import Site
@@ -70,18 +70,33 @@ def trace_terms(
             strict=strict,
             refresh=attempt > 0,
         )
-        setting = (model, guide, args, kwargs, layout)
         if num_particles > 1 and not layout.loop_reason:
-            runs = [Replay(*setting, num_particles, strict, cut)]
+            runs = [Replay(model, guide, args, kwargs, layout, num_particles, strict, cut)]
         else:
-            runs = [Replay(*setting, None, strict, cut)]
-            for _ in range(num_particles - 1):
-                runs[-1].evaluate_guide()
-                runs.append(Replay(*setting, None, strict, cut))
+            runs = _loop(num_particles, model, guide, args, kwargs, layout, strict, cut)
         if all(run.fits(layout) for run in runs):
             return Terms(runs, num_particles)
-    loop = (Replay(*setting, None, strict, cut) for _ in range(num_particles))
-    return _changing([run.evaluate_guide() for run in loop], data_plate)
+    return _changing(
+        _loop(num_particles, model, guide, args, kwargs, layout, strict, cut), data_plate
+    )
+
+
+def _loop(
+    num_particles: int,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    strict: bool,
+    cut: bool,
+) -> list[Replay]:
+    runs: list[Replay] = []
+    for _ in range(num_particles):
+        if runs:
+            runs[-1].evaluate_guide()  # before the next run draws anew
+        runs.append(Replay(model, guide, args, kwargs, layout, None, strict, cut))
+    return runs
 
 
 def _changing(runs: Sequence[Replay], data_plate: Any) -> Terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvppl.enumerated import Enumerated
 from lvppl.layout import layout_of
-from lvppl.tracing import is_masked, sample_sites, trace_pair
+from lvppl.tracing import is_enumerated, is_masked, sample_sites, trace_pair
 
 __all__ = ["Verdict", "verdict_on_evidence"]
 
@@ -101,7 +102,9 @@ class _NothingLarge(TorchDispatchMode):
 def _finite_sum(model: Program, args: Any, kwargs: Any, latents: list[Any]) -> Verdict:
     states = _count(sum(_log10_states(site) for site in latents))
     try:
-        with _NothingLarge():
+        # what is marked for enumeration will be summed in any case
+        marked = all(is_enumerated(site) for site in latents)
+        with nullcontext() if marked else _NothingLarge():
             terms = _number_of_terms(model, args, kwargs)
     except Exception as error:  # the program cannot be enumerated in parallel: that is the answer
         causes = (error, error.__cause__, error.__context__)

@@ -624,3 +624,80 @@ def test_a_distribution_without_a_declared_support_is_fine():
     terms = trace_terms(model, normal_guide, (y,))
     torch.testing.assert_close(terms.log_prior, log_normal(terms.latents["z"].value, 0.0, 1.0))
     assert lvppl.check(model, normal_guide, y)["z"].computable
+
+
+@pytest.mark.parametrize("name", ["haar", "split", "conjugate"])
+def test_reparameterised_programs_are_not_taken_for_generators_without_a_density(name):
+    from pyro.infer.autoguide import AutoNormal
+    from pyro.infer.reparam import ConjugateReparam, HaarReparam, SplitReparam
+
+    def normal(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
+
+    def beta(y):
+        x = pyro.sample("x", dist.Beta(2.0, 3.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    y = torch.randn(3)
+    reparam = {
+        "haar": HaarReparam(dim=-1),
+        "split": SplitReparam([1, 3], dim=-1),
+        "conjugate": ConjugateReparam(dist.Beta(1.0, 1.0)),
+    }[name]
+    model = poutine.reparam(beta if name == "conjugate" else normal, config={"x": reparam})
+    guide = AutoNormal(model)
+    guide(y)
+    torch.manual_seed(0)
+    expected = pyro.infer.Trace_ELBO().loss(model, guide, y)
+    torch.manual_seed(0)
+    assert lvppl.IWAE(num_particles=1).loss(model, guide, y) == pytest.approx(expected)
+    assert lvppl.check(model, guide, y).computable
+
+
+@pytest.mark.parametrize("name", ["AutoNormalMessenger", "AutoHierarchicalNormalMessenger"])
+def test_guides_that_run_the_model_may_meet_its_observations(name):
+    from pyro.infer import autoguide
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    y = torch.randn(3)
+    guide = getattr(autoguide, name)(model)
+    guide(y)
+    terms = trace_terms(model, guide, (y,), num_particles=3)
+    a = terms.latents["a"].value
+    torch.testing.assert_close(terms.log_likelihood[:, 0], log_normal(y, a[:, None], 1.0).sum(1))
+    q = dist.Normal(guide.locs.a, guide.scales.a) if hasattr(guide, "locs") else None
+    if q is not None and name == "AutoNormalMessenger":
+        torch.testing.assert_close(terms.log_guide[:, 0], q.log_prob(a))
+
+
+def test_supports_are_compared_by_what_they_are():
+    def pair(prior, proposal):
+        def model():
+            pyro.sample("z", prior)
+
+        def guide():
+            pyro.sample("z", proposal)
+
+        return model, guide
+
+    stretched = dist.TransformedDistribution(
+        dist.Beta(2.0, 2.0), [dist.transforms.AffineTransform(-2.0, 5.0)]
+    )
+    uniform = dist.Uniform(torch.tensor(-2.0), torch.tensor(3.0))
+    assert trace_terms(*pair(uniform, stretched)).log_weight.isfinite().all()
+    circle = dist.VonMises(0.0, 1.0)
+    assert trace_terms(*pair(circle, dist.VonMises(0.5, 2.0))).log_weight.isfinite().all()
+    for prior, proposal in [
+        (circle, dist.Normal(0.0, 1.0)),
+        (dist.Gamma(2.0, 1.0), dist.Normal(9.0, 0.1)),
+        (dist.Normal(0.0, 1.0), dist.Poisson(3.0)),
+    ]:
+        with pytest.raises(lvppl.ProgramError, match=r"'z'.*Use a guide distribution of the same"):
+            trace_terms(*pair(prior, proposal))

@@ -138,20 +138,15 @@ class Objective(PyroLoss):
         )
         if particles == 1 and needs_baseline(layout):
             particles = 2
-        while True:
-            terms = trace_terms(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=particles,
-                data_plate=self.data_plate,
-                strict=self.strict,
-                cut=self.cut and torch.is_grad_enabled(),
-            )
-            if particles > 1 or not needs_baseline(terms.layout):
-                return terms
-            particles = 2  # the structure changed in this very run
+        options: Any = {
+            "data_plate": self.data_plate,
+            "strict": self.strict,
+            "cut": self.cut and torch.is_grad_enabled(),
+        }
+        terms = trace_terms(model, guide, args, kwargs, num_particles=particles, **options)
+        if particles == 1 and needs_baseline(terms.layout):  # the structure changed in this run
+            terms = trace_terms(model, guide, args, kwargs, num_particles=2, **options)
+        return terms
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
