@@ -79,8 +79,10 @@ $(BIN)/python:
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Compat mode puts the tree on the path by a .pth file. The default finder would lose to the clone's
+# own folder, which python takes for a package when it is started beside it.
 # A stamp for each set of extras. It is older than the configuration after an edit, and only then
 # is anything installed again. The interpreter comes first, and only has to exist.
 $(VENV)/.installed-%: $(CONFIGURATION) | $(BIN)/python
-	$(INSTALL) -e ".[$*]"
+	$(INSTALL) --config-settings editable_mode=compat -e ".[$*]"
 	@touch $@

@@ -7,6 +7,7 @@ values: every log-probability must agree.
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ def _difference(
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+    name = type(error).__name__
+    return shorten(f"{name}: {text[0]}", 120, placeholder=" …") if text else name

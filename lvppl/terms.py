@@ -204,7 +204,9 @@ class Terms:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers should know."""
         reason = self.layout.loop_reason
-        return (f"particles run as a loop: {reason}",) if len(self._runs) > 1 and reason else ()
+        if len(self._runs) == 1 or not reason:
+            return ()
+        return (f"particles run as a loop, slower and with the same numbers: {reason}",)
 
     def total(self, per_datum: Tensor) -> Tensor:
         """Sum over data with the data-plate scale: from (data,) to a 0-dim tensor."""

@@ -142,7 +142,7 @@ def traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace
     except (ProgramError, torch.cuda.OutOfMemoryError):
         raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        sites = [n for n, s in handler.trace.nodes.items() if s["type"] in ("sample", "param")]
+        sites = [n for n, s in handler.trace.nodes.items() if s["type"] == "sample"]
         after = f"after site '{sites[-1]}'" if sites else "before its first site"
         what = re.split(r"\n\s*Trace Shapes:", str(e))[0] or "no message"
         if "dtype" in what:

@@ -30,6 +30,7 @@ from lvppl.inference.psis import khat_from_tail, khat_threshold, tail_size
 from lvppl.layout import Layout, layout_of
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
+from lvppl.tracing import undisturbed
 
 __all__ = ["LikelihoodEstimate", "log_likelihood"]
 
@@ -506,6 +507,17 @@ def _check_assumptions(job: _Job, probed: int) -> None:
     # Not strictly: an observation of probability zero is honest here, its ln p(y) minus infinity.
     report = check(job.model, job.proposal, *job.cut(0, probed), strict=False, **job.kwargs)
     report.require(computable=True)
+    if job.proposal is not None:
+        with undisturbed():
+            data = job.cut(0, probed)
+            terms = trace_terms(job.model, job.proposal, data, job.kwargs, strict=False)
+        points = terms.has_point()
+        if points:
+            raise ProgramError(
+                f"The guide holds '{points[0]}' at a point of a continuous space: it does not "
+                "cover the posterior, and one point gives ln p(y, z), not ln p(y). Use a guide with a "
+                "density, such as AutoNormal, or estimator='naive'."
+            )
     for row in report.rows if job.proposal is None else ():
         if row.role != "observed" and not row.samplable:
             raise ProgramError(

@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.tracing import traced
+from lvppl.tracing import is_enumerated, traced
 
 __all__ = ["data_plates_of", "gather", "num_rows", "scaled_minibatch", "transformed"]
 
@@ -115,7 +115,7 @@ def _plates_in(trace: poutine.Trace) -> dict[str, _Seen]:
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
         for frame in site["cond_indep_stack"]:
-            latent = not site["is_observed"]
+            latent = not site["is_observed"] and not is_enumerated(site)
             if frame.name in seen:
                 latent = latent or seen[frame.name].holds_latent
             full = frame.size if frame.full_size is None else frame.full_size

@@ -190,6 +190,13 @@ class SVI:
             training = Training(plan, state, self._mover(), RandomStream(seed, where))
             if resume is not None:
                 training.resume(resume.checkpoint())
+                done, limit = training.position, plan
+                if done.step > limit.max_steps or done.epoch > (limit.max_epochs or math.inf):
+                    raise ProgramError(
+                        f"the fit to be resumed has done {done.step} steps and {done.epoch} epochs "
+                        "already, more than was asked for: num_steps and num_epochs count from its "
+                        "start, so give larger ones"
+                    )
             return self._run(training, own, prototype)
         finally:
             state.finish()

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ class Objective(PyroLoss):
         super().__init__(num_particles=num_particles)
         self.data_plate = data_plate
         self.strict = strict
+
+    def __repr__(self) -> str:
+        options = list(signature(type(self).__init__).parameters)[1:]
+        shown = [
+            f"{name}={value!r}" for name in options if (value := getattr(self, name)) is not None
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     # ---------------------------------------------------------------------------- to be written
 

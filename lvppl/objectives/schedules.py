@@ -28,6 +28,9 @@ class Schedule(ABC):
     def at(self, step: int) -> float:
         """The number at a step, counted from 0."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(now {float(self.value):.4g})"
+
     def to(self, device: torch.device | str) -> None:
         """Move ``value`` to a device; a fit does so before its first step."""
         self.value = self.value.to(device)
