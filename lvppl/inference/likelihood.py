@@ -515,8 +515,8 @@ def _check_assumptions(job: _Job, probed: int) -> None:
         if points:
             raise ProgramError(
                 f"The guide holds '{points[0]}' at a point of a continuous space: it does not "
-                "cover the posterior, and one point gives ln p(y, z), not ln p(y). Use a guide with a "
-                "density, such as AutoNormal, or estimator='naive'."
+                "cover the posterior, and one point gives ln p(y, z), not ln p(y). Use a guide "
+                "with a density, such as AutoNormal, or estimator='naive'."
             )
     for row in report.rows if job.proposal is None else ():
         if row.role != "observed" and not row.samplable:
