@@ -311,7 +311,8 @@ class Terms:
         shared = [n for n in auxiliary if n.removesuffix("_unconstrained") not in points]
         for name in auxiliary:
             if name not in shared:
-                terms[name.removesuffix("_unconstrained")] += terms.pop(name)
+                own = name.removesuffix("_unconstrained")
+                terms[own] = terms[own] + terms.pop(name)
         if shared:
             group = [name for name in terms if name in points or name in shared]
             members = ", ".join(name for name in group if name in points)

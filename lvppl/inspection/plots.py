@@ -46,7 +46,7 @@ COLOURS = (
     "#882255",  # wine   (Tol's muted palette)
     "#6B8E23",  # olive
 )
-BLUE, VERMILION, GREEN = COLOURS[:3]
+BLUE, VERMILION = COLOURS[:2]
 INK, FAINT = "#333333", "#DDDDDD"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 TEXT, SMALL = 10.0, 9.0  # font sizes, points
