@@ -256,6 +256,8 @@ class Replay:
                 f"Site '{site['name']}' ({kind_of(fn)}) has no density: log_prob is not "
                 "implemented. Use a distribution that has one."
             ) from error
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             text = str(error).split("\n\n")[0].rstrip(".")
             value = site["value"]
@@ -453,7 +455,9 @@ class Replay:
         for site, _ in self._drawn():
             if is_enumerated(site):
                 # q cancels out of q · p / q, except for what a mask takes out of the weight
-                factors[f"q {site['name']}"] = (site, self._factor(site) - self.log_prob(site))
+                kept, masked = self._factor(site), self.log_prob(site)
+                left = torch.where(kept == masked, torch.zeros_like(kept), kept - masked)
+                factors[f"q {site['name']}"] = (site, left)
             elif self.log_prob(site).dim() > self.width:
                 factors[f"q {site['name']}"] = (site, -self.log_prob(site))
             else:

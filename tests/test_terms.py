@@ -701,3 +701,23 @@ def test_supports_are_compared_by_what_they_are():
     ]:
         with pytest.raises(lvppl.ProgramError, match=r"'z'.*Use a guide distribution of the same"):
             trace_terms(*pair(prior, proposal))
+
+
+def test_a_state_that_an_enumerated_guide_excludes_still_counts_in_the_sum():
+    """q cancels out of the sum over all values, also where ln q is −∞."""
+    y, means = torch.tensor([0.3, 1.5]), torch.tensor([-1.0, 1.0])
+
+    def model(y):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("y", dist.Normal(means[z], 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", 2):
+            logits = torch.tensor([0.0, -math.inf])
+            pyro.sample("z", dist.Categorical(logits=logits), infer=CATEGORICAL)
+
+    with pyro.validation_enabled(False):
+        terms = trace_terms(model, guide, (y,))
+        exact = (torch.tensor([0.3, 0.7]).log() + log_normal(y[:, None], means, 1.0)).logsumexp(-1)
+        torch.testing.assert_close(terms.log_weight[0], exact)
