@@ -17,6 +17,7 @@ from pathlib import Path as _Path
 from lvppl import data
 from lvppl.checks import CheckReport, check
 from lvppl.errors import ProgramError
+from lvppl.evidence import ExactPosterior, LogEvidence, log_evidence, posterior
 from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.fit import Fit
 from lvppl.inference.likelihood import LikelihoodEstimate, log_likelihood
@@ -41,10 +42,12 @@ __all__ = [
     "SVI",
     "CheckReport",
     "CyclicSchedule",
+    "ExactPosterior",
     "Fit",
     "HardELBO",
     "LikelihoodEstimate",
     "LinearSchedule",
+    "LogEvidence",
     "Objective",
     "ProgramError",
     "RateDistortion",
@@ -54,7 +57,9 @@ __all__ = [
     "check",
     "data",
     "load",
+    "log_evidence",
     "log_likelihood",
+    "posterior",
     "save",
     "to_arviz",
     "trace_terms",

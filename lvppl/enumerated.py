@@ -11,12 +11,22 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from lvppl.elimination import (
+    Reduction,
+    cost,
+    dims_of,
+    log_sum_exp,
+    log_sum_product,
+    marginals,
+    named,
+    solve,
+    sum_out,
+)
 from lvppl.errors import ProgramError
-from lvppl.evidence import dims_of, log_sum_product, marginals, named, number_of_terms, sum_out
 from lvppl.layout import Layout
 from lvppl.tracing import PARTICLES, Plate, plate_scale, plates_of
 
-__all__ = ["Enumerated", "user_scale"]
+__all__ = ["Enumerated", "num_states", "user_scale"]
 
 
 class Enumerated:
@@ -32,6 +42,8 @@ class Enumerated:
         queries: further sites whose tensors are to be averaged.
         averaged: only averages are wanted, not ``log_evidence``. They are linear in what is
             averaged, so that plates may be subsampled anywhere.
+        temperature: T of the distribution ∝ (Π factors)^(1/T), whose ``log_evidence`` is
+            T ln Σ (Π factors)^(1/T) = max over q of E_q ln Π factors + T·H(q).
     """
 
     def __init__(
@@ -41,11 +53,15 @@ class Enumerated:
         *,
         queries: Mapping[str, tuple[Any, Tensor]] | None = None,
         averaged: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         self.layout = layout
         self.factors = dict(factors)
+        self.temperature = temperature
         self._symbols: dict[str, str] = {}
         packed = [self._pack(site, log_prob) for site, log_prob in self.factors.values()]
+        if temperature != 1.0:
+            packed = [named(factor / temperature, dims_of(factor)) for factor in packed]
         self._packed = packed
         self.queries = {**self.factors, **(queries or {})}
         self._asked = [self._pack(site, tensor) for site, tensor in self.queries.values()]
@@ -87,14 +103,53 @@ class Enumerated:
     def log_evidence(self, shape: tuple[int, int]) -> Tensor:
         """ln of the sum over all enumerated values, (particles, data), scales applied."""
         terms = log_sum_product(self._packed, eliminate=self.eliminate, plates=self.plates)
+        return self._gathered(terms, shape)
+
+    def _gathered(self, terms: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         total = torch.zeros(shape, dtype=terms[0].dtype, device=terms[0].device)
         for term in terms:
             total = total + self._per_datum(term, shape)
-        return total * self.scale
+        return total * self.temperature * self.scale
 
-    def number_of_terms(self) -> int:
-        """Terms that the exact sum adds up over the whole batch."""
-        return number_of_terms(self._packed, self.eliminate)
+    def solve(
+        self,
+        queries: Sequence[Tensor],
+        shape: tuple[int, int],
+        *,
+        reduction: Reduction = log_sum_exp,
+        differentiable: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``log_evidence`` under a reduction, and its gradient over the dimensions of queries."""
+        terms, answers = solve(
+            self._packed,
+            queries,
+            eliminate=self.eliminate,
+            plates=self.plates,
+            reduction=reduction,
+            differentiable=differentiable,
+        )
+        return self._gathered(terms, shape), answers
+
+    def over_factors(self) -> list[Tensor]:
+        """Queries for the posterior of the variables of each factor, as tensors of its shape."""
+        return self._packed
+
+    def over_sites(self, sites: Sequence[Any], num_draws: int | None = None) -> Tensor:
+        """A query for the joint posterior of enumerated sites: draws, sites, then their plates."""
+        plates = {plate.name: plate for site in sites for plate in plates_of(site)}
+        dims = [_own_symbol(site) for site in sites]
+        sizes = [num_states(site) for site in sites]
+        for plate in sorted(plates.values(), key=lambda plate: plate.dim):
+            dims.append(self._symbols[plate.name])
+            sizes.append(plate.size)
+        if num_draws is not None:
+            dims, sizes = [_DRAWS, *dims], [num_draws, *sizes]
+        like = self._packed[0]
+        return named(torch.zeros(sizes, dtype=like.dtype, device=like.device), "".join(dims))
+
+    def cost(self) -> tuple[int, int]:
+        """Terms that the exact sum adds up over the whole batch, and its largest table."""
+        return cost(self._packed, self.eliminate)
 
     def average(self, name: str, cost: Tensor) -> Tensor:
         """E[cost] over the enumerated dimensions of a factor or query, those dimensions gone.
@@ -188,6 +243,21 @@ class Enumerated:
                     "of the subsample would stand inside the sum over that site's values, and the "
                     "result would be biased. Use the full data, or draw that site in the guide."
                 )
+
+
+_DRAWS = opt_einsum.get_symbol(10**5)
+"""The dimension of posterior draws, beyond the symbols of any program."""
+
+
+def _own_symbol(site: Any) -> str:
+    """The symbol of the dimension that a site's values are enumerated along."""
+    infer = site["infer"]
+    id_ = infer["_dim_to_id"][infer["_enumerate_dim"]]
+    return opt_einsum.get_symbol(1 + 2 * id_)
+
+
+def num_states(site: Any) -> int:
+    return int(site["fn"].enumerate_support(expand=False).shape[0])
 
 
 def user_scale(site: Any) -> Any:

@@ -1,176 +1,237 @@
-r"""Exact sums over enumerated latents by variable elimination, and marginals as their gradient.
+r"""ln p(y) and the posterior of programs whose latents are all discrete: exact, by elimination.
 
-With log-factors :math:`\ln f_i` of the enumerated variables z,
+.. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad p(z | y) = p(z, y) / p(y)
 
-.. math:: \ln Z = \ln \sum_z \prod_i f_i(z), \qquad
-          \frac{\partial \ln Z}{\partial \ln f_i(z_i)} = p(z_i),
-
-so the gradient of the contraction with respect to a log-factor is the marginal of that factor's
-variables (Darwiche 2003, "A differential approach to inference in Bayesian networks").
-
-Tensors are *packed* as in ``pyro.ops.packed``: the attribute ``_pyro_dims`` names each dimension by
-one symbol. A symbol is summed over, is a plate (products are taken along it), or is an output.
+Any Pyro program will do: plates, nested plates, ``pyro.markov`` chains, trees, several sites. No
+site needs to be marked for enumeration.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.packed import broadcast_all
-from pyro.ops.rings import LogRing
-from pyro.ops.special import safe_log
 from torch import Tensor
 
+from lvppl.elimination import log_max, log_sum_exp_sampled
 from lvppl.errors import ProgramError
+from lvppl.factor_graph import FactorGraph, graph_of
+from lvppl.seeding import seeded
+from lvppl.tracing import plates_of
 
-__all__ = ["log_sum_product", "marginals", "named", "number_of_terms"]
+__all__ = ["Assignment", "ExactPosterior", "LogEvidence", "log_evidence", "posterior"]
 
+Program = Callable[..., Any]
 
-def named(tensor: Tensor, dims: str) -> Tensor:
-    """``tensor`` as a packed tensor whose dimensions are called ``dims``."""
-    tensor = tensor[...]  # a view of its own to carry the attribute
-    tensor._pyro_dims = dims  # type: ignore[attr-defined]
-    return tensor
-
-
-def dims_of(tensor: Tensor) -> str:
-    dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
-    return dims
+_DRAW_ELEMENTS = 2**24
+"""Elements of the factors times draws of one pass."""
 
 
-def sum_out(tensor: Tensor, symbols: Set[str]) -> Tensor:
-    """Sum a packed tensor over the ``symbols`` it has."""
-    dims = dims_of(tensor)
-    positions = [i for i, symbol in enumerate(dims) if symbol in symbols]
-    if not positions:
-        return tensor
-    return named(tensor.sum(positions), "".join(s for s in dims if s not in symbols))
+@dataclass(frozen=True)
+class LogEvidence:
+    """ln p(y) in nats. ``float(e)`` is the total."""
+
+    per_datum: Tensor
+    """(data,); one entry where the whole data set is one datum."""
+    total: Tensor
+    """0-dim: the sum, scaled by full_size / size where a data plate is subsampled."""
+    data_plates: tuple[str, ...]
+    """The plates that ``data`` is flattened from; () where the data set is one datum."""
+
+    def __float__(self) -> float:
+        return float(self.total.detach())
 
 
-def log_sum_exp(tensor: Tensor, symbol: str) -> Tensor:
-    """ln of the sum of exp over one symbol, with zero gradient where everything is impossible."""
-    dims = dims_of(tensor)
-    position = dims.index(symbol)
-    top = tensor.detach().amax(position, keepdim=True).clamp(min=torch.finfo(tensor.dtype).min)
-    total = safe_log((tensor - top).exp().sum(position)) + top.squeeze(position)
-    return named(total, dims.replace(symbol, ""))
+@dataclass(frozen=True)
+class Assignment:
+    """The most probable values of all latents together."""
+
+    values: dict[str, Tensor]
+    """By site, (*plates, *event)."""
+    log_joint: Tensor
+    """max over z of ln p(z, y): 0-dim, in nats, summed over the data."""
+    per_datum: Tensor
+    """The same for each datum, (data,)."""
 
 
-class _LogSpace(LogRing):
-    """Variable elimination that never leaves log space.
+def log_evidence(
+    model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
+) -> LogEvidence:
+    r"""ln p(y), exactly: every discrete latent summed out by variable elimination.
 
-    Pyro's own ring multiplies exponentials that are shifted factor by factor, which underflows
-    where two factors are peaked at different states.
-    """
+    .. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad
+              F_T(y) = T \ln \sum_z p(z, y)^{1/T} = \max_q E_q \ln p(z, y) + T\,H(q)
 
-    def sumproduct(self, terms: Sequence[Tensor], dims: Set[str]) -> Tensor:
-        terms = list(terms)
-        pending = set(dims) & {symbol for term in terms for symbol in dims_of(term)}
-        while pending:
-            symbol = min(sorted(pending), key=lambda s: _size_of_product(terms, s))
-            pending.remove(symbol)
-            bucket = [term for term in terms if symbol in dims_of(term)]
-            terms = [term for term in terms if symbol not in dims_of(term)]
-            terms.append(log_sum_exp(_product(bucket), symbol))
-        return _product(terms)
-
-
-def _product(terms: Sequence[Tensor]) -> Tensor:
-    if len(terms) == 1:
-        return terms[0]
-    aligned = broadcast_all(*terms)
-    return named(torch.stack(aligned).sum(0), dims_of(aligned[0]))
-
-
-def _size_of_product(terms: Sequence[Tensor], symbol: str) -> int:
-    sizes = {
-        name: size
-        for term in terms
-        if symbol in dims_of(term)
-        for name, size in zip(dims_of(term), term.shape, strict=True)
-    }
-    return math.prod(sizes.values())
-
-
-def number_of_terms(log_factors: Sequence[Tensor], eliminate: Set[str]) -> int:
-    """Terms that variable elimination adds up, plates counted in full: its cost."""
-    sizes = {s: n for f in log_factors for s, n in zip(dims_of(f), f.shape, strict=True)}
-    scopes = [set(dims_of(factor)) for factor in log_factors]
-    pending = {symbol for scope in scopes for symbol in scope} & set(eliminate)
-    total = 0
-    while pending:
-        buckets = {s: set().union(*(c for c in scopes if s in c)) for s in pending}
-        symbol = min(sorted(pending), key=lambda s: math.prod(sizes[i] for i in buckets[s]))
-        pending.remove(symbol)
-        total += math.prod(sizes[i] for i in buckets[symbol])
-        scopes = [c for c in scopes if symbol not in c] + [buckets[symbol] - {symbol}]
-    return total
-
-
-def log_sum_product(
-    log_factors: Sequence[Tensor], *, eliminate: Set[str], plates: Set[str]
-) -> list[Tensor]:
-    """ln of the sum over ``eliminate`` of the product of factors and plates, as packed terms.
-
-    The answer is the sum of the returned terms, one for each connected component, each over output
-    symbols only. Cost and memory are those of variable elimination, not of the joint table.
+    Differentiable in the parameters and in the data. The gradient is
+    :math:`E_{p(z|y)} \nabla \ln p(z, y)`.
 
     Args:
-        log_factors: packed log-factors.
-        eliminate: symbols of enumerated variables.
-        plates: symbols along which independent copies are multiplied.
+        model: a Pyro program whose latents are all discrete with finite support. They are
+            enumerated whether or not they are marked.
+        data, kwargs: its arguments.
+        temperature: T > 0. At T → 0 the value tends to max over z of ln p(z, y).
 
     Raises:
-        ProgramError: the plates do not nest as a tree around the enumerated variables.
+        ProgramError: a latent is continuous or unbounded, a sum is too large (how large), a chain
+            lacks ``pyro.markov``, plates overlap: by site, plate and shape, with the remedy.
+
+    Source: Obermeyer, Bingham et al. (2019), "Tensor variable elimination for plated factor
+    graphs", ICML.
     """
-    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for factor in log_factors:
-        tree.setdefault(frozenset(dims_of(factor)) & plates, []).append(factor)
-    present = {symbol for factor in log_factors for symbol in dims_of(factor)}
-    try:
-        contracted = contract_tensor_tree(tree, set(eliminate) & present, ring=_LogSpace())
-    except NotImplementedError as error:
-        raise ProgramError(
-            "The enumerated sites cannot be summed out at polynomial cost: two plates overlap "
-            "without one lying inside the other around sites that depend on each other. Nest the "
-            f"plates, or give one of the sites a guide. ({error})"
-        ) from error
-    return [sum_out(term, plates) for terms in contracted.values() for term in terms]
+    graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
+    return _record(graph, graph.log_evidence())
 
 
-def marginals(
-    log_factors: Sequence[Tensor],
-    queries: Sequence[Tensor],
-    *,
-    eliminate: Set[str],
-    plates: Set[str],
-) -> list[Tensor]:
-    """Marginal probabilities over the variables of each query, by the gradient of ln Z.
-
-    Each query gets a factor exp(0) over its own dimensions; the gradient of ln Z with respect to
-    that zero is the marginal. Differentiable in the factors.
+def posterior(
+    model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
+) -> ExactPosterior:
+    r"""p(z | y) of every discrete latent, exactly, for these data; which may be new.
 
     Args:
-        log_factors: packed log-factors of the distribution over the ``eliminate`` symbols.
-        queries: packed tensors; only their dimensions matter.
-        eliminate: symbols of enumerated variables.
-        plates: symbols along which independent copies are multiplied.
+        model: a Pyro program whose latents are all discrete with finite support.
+        data, kwargs: its arguments.
+        temperature: T of the distribution :math:`∝ p(z, y)^{1/T}`; 1 is the posterior, and T → 0
+            tends to the most probable assignment.
 
-    Returns:
-        For each query, a packed tensor of its dimensions that sums to one over its variables.
+    Raises:
+        ProgramError: as ``log_evidence``; the program has no latent; a datum is impossible.
     """
-    with torch.enable_grad():
-        zeros = [_zero_leaf(query) for query in queries]
-        terms = log_sum_product([*log_factors, *zeros], eliminate=eliminate, plates=plates)
-        total = torch.stack([term.sum() for term in terms]).sum()
-        return list(torch.autograd.grad(total, zeros, create_graph=True))
+    with torch.no_grad():
+        graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
+    if graph.enumerated is None:
+        raise ProgramError(
+            "The model has no discrete latent, so that there is no posterior. Write "
+            "pyro.sample('z', dist.Categorical(weights)) without obs=; lvppl.log_evidence gives "
+            "ln p(y)."
+        )
+    return ExactPosterior(graph)
 
 
-def _zero_leaf(query: Tensor) -> Tensor:
-    leaf = torch.zeros_like(query).requires_grad_()
-    leaf._pyro_dims = dims_of(query)  # type: ignore[attr-defined]
-    return leaf
+class ExactPosterior:
+    """p(z | y) of the enumerated latents: marginals, most probable values, draws.
+
+    Attributes:
+        sites: names of the latents.
+        log_evidence: ln p(y), see :class:`LogEvidence`.
+    """
+
+    def __init__(self, graph: FactorGraph) -> None:
+        assert graph.enumerated is not None
+        self._graph = graph
+        self._enumerated = graph.enumerated
+        self.sites = tuple(graph.latents)
+
+    @property
+    def log_evidence(self) -> LogEvidence:
+        return self._summed[0]
+
+    def marginals(self, site: str) -> Tensor:
+        """p(z = k | y), (*plates, K), the states in the order of the site's support.
+
+        For a mixture these are the responsibilities.
+        """
+        return self._summed[1][self._known(site)]
+
+    @cached_property
+    def _summed(self) -> tuple[LogEvidence, dict[str, Tensor]]:
+        queries = [self._enumerated.over_sites([site]) for site in self._latents]
+        value, answers = self._graph.solve(queries)
+        found = {n: a.movedim(0, -1) for n, a in zip(self.sites, answers, strict=True)}
+        return _record(self._graph, value), found
+
+    def joint(self, *sites: str) -> Tensor:
+        """p(z_a = i, z_b = j | y) of latents together, (*plates of all, K_a, K_b).
+
+        For neighbours in a chain these are the ξ of the Baum-Welch algorithm. The cost grows if
+        the sites share no factor.
+        """
+        if len(set(sites)) < 2 or len(set(sites)) < len(sites):
+            raise ProgramError(f"joint needs two or more different sites, but got {sites}")
+        messages = [self._graph.latents[self._known(site)] for site in sites]
+        query = self._enumerated.over_sites(messages)
+        _, (answer,) = self._graph.solve([query])
+        order = range(len(sites))
+        return answer.movedim(tuple(order), tuple(i - len(sites) for i in order))
+
+    def map(self) -> Assignment:
+        """The most probable assignment of all latents together; ties go to the first state.
+
+        It is the maximum of the joint, not of each marginal: for a chain, Viterbi's path.
+        """
+        queries = [self._enumerated.over_sites([site]) for site in self._latents]
+        value, answers = self._graph.solve(queries, reduction=log_max)
+        values = {
+            name: self._support(name)[answer.argmax(0)]
+            for name, answer in zip(self.sites, answers, strict=True)
+        }
+        return Assignment(values, value.sum() * self._graph.data_scale, value)
+
+    def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Exact joint draws z ~ p(z | y), by site: (num_samples, *plates, *event).
+
+        Args:
+            num_samples: independent draws.
+            seed: the same seed gives the same draws; the global generators are left alone.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ProgramError(
+                f"num_samples must be a whole number of at least 1, not {num_samples!r}"
+            )
+        elements = sum(factor.numel() for factor in self._enumerated.over_factors())
+        at_once = max(1, min(num_samples, _DRAW_ELEMENTS // max(elements, 1)))
+        parts = []
+        with seeded(seed):
+            for start in range(0, num_samples, at_once):
+                parts.append(self._drawn(min(at_once, num_samples - start)))
+        return {name: torch.cat([part[name] for part in parts]) for name in self.sites}
+
+    def _drawn(self, count: int) -> dict[str, Tensor]:
+        queries = [self._enumerated.over_sites([site], count) for site in self._latents]
+        _, answers = self._graph.solve(queries, reduction=log_sum_exp_sampled)
+        return {
+            name: self._support(name)[answer.argmax(1)]
+            for name, answer in zip(self.sites, answers, strict=True)
+        }
+
+    def plates(self, site: str) -> tuple[str, ...]:
+        """Names of the plates around a latent, left to right."""
+        return tuple(plate.name for plate in plates_of(self._graph.latents[self._known(site)]))
+
+    # ------------------------------------------------------------------------------------- details
+
+    @property
+    def _latents(self) -> Sequence[Any]:
+        return list(self._graph.latents.values())
+
+    def _known(self, site: str) -> str:
+        if site not in self._graph.latents:
+            raise ProgramError(f"no enumerated latent {site!r}; there are {sorted(self.sites)}")
+        return site
+
+    def _support(self, name: str) -> Tensor:
+        """The values of a site, (K, *event)."""
+        fn = self._graph.latents[name]["fn"]
+        values: Tensor = fn.enumerate_support(expand=False)
+        return values.reshape(values.shape[:1] + fn.event_shape)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{n} {tuple(self.marginals(n).shape)}" for n in self.sites)
+        return f"ExactPosterior({sites}; ln p(y) = {float(self.log_evidence):.6g} nats)"
+
+
+def _record(graph: FactorGraph, value: Tensor) -> LogEvidence:
+    plates = tuple(plate.name for plate in graph.run.layout.data_plates)
+    return LogEvidence(value, value.sum() * graph.data_scale, plates)
+
+
+def _positive(temperature: float) -> float:
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ProgramError(
+            f"temperature must be a number above 0, but is {temperature!r}; for the limit 0 use "
+            "posterior(...).map()"
+        )
+    return float(temperature)

@@ -13,9 +13,9 @@ from pyro import poutine
 from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer import config_enumerate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvppl.enumerated import Enumerated
+from lvppl.factor_graph import NothingLarge, TooLarge
 from lvppl.layout import layout_of
 from lvppl.tracing import is_enumerated, is_masked, sample_sites, trace_pair
 
@@ -80,35 +80,16 @@ def verdict_on_evidence(
 _MOST_ELEMENTS = 10**7
 
 
-class _TooLarge(Exception):
-    """A tensor under enumeration has more elements than one wants to hold."""
-
-
-class _NothingLarge(TorchDispatchMode):
-    """Stop before a program whose sites all depend on each other fills the memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if tensors:
-            try:
-                numel = math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
-            except RuntimeError:  # not an element-wise operation
-                numel = max(t.numel() for t in tensors)
-            if numel > _MOST_ELEMENTS:
-                raise _TooLarge
-        return func(*args, **(kwargs or {}))
-
-
 def _finite_sum(model: Program, args: Any, kwargs: Any, latents: list[Any]) -> Verdict:
     states = _count(sum(_log10_states(site) for site in latents))
     try:
         # what is marked for enumeration will be summed in any case
         marked = all(is_enumerated(site) for site in latents)
-        with nullcontext() if marked else _NothingLarge():
+        with nullcontext() if marked else NothingLarge(_MOST_ELEMENTS):
             terms = _number_of_terms(model, args, kwargs)
     except Exception as error:  # the program cannot be enumerated in parallel: that is the answer
         causes = (error, error.__cause__, error.__context__)
-        if any(isinstance(cause, _TooLarge) for cause in causes):
+        if any(isinstance(cause, TooLarge) for cause in causes):
             why = f"a table of more than {_MOST_ELEMENTS:,} elements would be needed"
         else:
             text = str(error).strip().splitlines()
@@ -133,7 +114,7 @@ def _number_of_terms(model: Program, args: Any, kwargs: Any) -> int:
         log_prob = site["fn"].log_prob(site["value"])
         if log_prob.dim() > layout.nesting:
             factors[site["name"]] = (site, log_prob)
-    return Enumerated(factors, layout).number_of_terms()
+    return Enumerated(factors, layout).cost()[0]
 
 
 def _log10_states(site: Any) -> float:

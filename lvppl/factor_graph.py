@@ -1,0 +1,248 @@
+"""A model run with every discrete latent enumerated, and the refusals of what cannot be summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pyro.infer import config_enumerate
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvppl.elimination import Reduction, log_sum_exp
+from lvppl.enumerated import Enumerated, num_states
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.layout import Layout, layout_of
+from lvppl.replay import Replay
+from lvppl.tracing import is_discrete, is_enumerated, kind_of, plates_of
+
+__all__ = ["FactorGraph", "NothingLarge", "TooLarge", "enumerating", "graph_of"]
+
+Program = Callable[..., Any]
+
+MOST_ELEMENTS = 2**28
+"""Elements of the largest table that an exact sum may need: 2 GiB in float64."""
+
+
+def enumerating(model: Program) -> Program:
+    """The program with every discrete latent marked for parallel enumeration."""
+    marked: Program = config_enumerate(model, "parallel")
+    return marked
+
+
+def graph_of(
+    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, temperature: float = 1.0
+) -> FactorGraph:
+    """Run ``model`` once with every discrete latent enumerated, and refuse what has no exact sum.
+
+    Raises:
+        ProgramError: a latent is continuous or has no finite support, a table would be too large,
+            the program cannot run under enumeration, or its plates do not nest.
+    """
+    program = enumerating(model)
+    layout = layout_of(program, None, args, kwargs)
+    with _Explained(program, layout):
+        graph = FactorGraph(program, args, kwargs, layout, temperature=temperature, guarded=True)
+    graph.require_affordable()
+    return graph
+
+
+class FactorGraph:
+    """The log-factors of one run, ready to be summed, maximised or drawn from.
+
+    Args:
+        program: a model whose discrete latents are marked for enumeration.
+        args, kwargs: its arguments.
+        layout: of the program at these arguments.
+        temperature: see :class:`~lvppl.enumerated.Enumerated`.
+        guarded: stop before the program itself makes a tensor that is too large.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        *,
+        temperature: float = 1.0,
+        guarded: bool = False,
+    ) -> None:
+        guard: AbstractContextManager[Any] = (
+            NothingLarge(MOST_ELEMENTS) if guarded else nullcontext()
+        )
+        with guard:
+            self.run = Replay(program, None, args, kwargs, layout, None, False, False)
+            self.sites: dict[str, Any] = dict(self.run.model_sites)
+            _refuse_continuous(self.sites)
+            self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
+            self.enumerated = self._enumerated(temperature)
+
+    def _enumerated(self, temperature: float) -> Enumerated | None:
+        run = self.run
+        inside = {n: s for n, s in self.sites.items() if run.log_prob(s).dim() > run.width}
+        if not inside:
+            return None
+        factors = {name: (site, run._factor(site)) for name, site in inside.items()}
+        return Enumerated(factors, run.layout, temperature=temperature)
+
+    def require_affordable(self) -> None:
+        """Raise where the largest table of the elimination would not fit."""
+        if self.enumerated is None:
+            return
+        _, largest = self.enumerated.cost()
+        if largest > MOST_ELEMENTS:
+            raise ProgramError(too_large(self.latents, largest))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.run.shape
+
+    @property
+    def data_scale(self) -> float:
+        return self.run.data_scale
+
+    def apart(self) -> Tensor:
+        """ln p of the sites that no enumerated latent touches, (1, data)."""
+        inside = self.enumerated.factors if self.enumerated is not None else {}
+        terms = [self.run._term(site) for name, site in self.sites.items() if name not in inside]
+        return self.run._sum(terms)
+
+    def log_evidence(self) -> Tensor:
+        """ln p(y), (data,), differentiable; at a temperature T, T ln Σ p(z, y)^(1/T)."""
+        apart = self.apart()
+        if self.enumerated is None:
+            return apart[0]
+        return (apart + self.enumerated.log_evidence(self.shape))[0]
+
+    def solve(
+        self,
+        queries: list[Tensor],
+        *,
+        reduction: Reduction = log_sum_exp,
+        differentiable: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The value of the contraction, (data,), and the answers to the queries.
+
+        Raises:
+            ProgramError: a datum has probability zero: there is no posterior.
+        """
+        assert self.enumerated is not None
+        inside, answers = self.enumerated.solve(
+            queries, self.shape, reduction=reduction, differentiable=differentiable
+        )
+        value = (self.apart() + inside)[0]
+        possible = value.isfinite()
+        if not bool(possible.all()):
+            first = int((~possible).nonzero()[0])
+            raise ProgramError(
+                f"datum {first} has ln p(y) = {float(value[first].detach())} under the model: no "
+                "value of its latents explains it, so that there is no posterior. Look for "
+                "parameters that are exactly 0 or 1, and for data outside the support."
+            )
+        return value, answers
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def _refuse_continuous(sites: Mapping[str, Any]) -> None:
+    for name, site in sites.items():
+        if site["is_observed"] or is_enumerated(site):
+            continue
+        kind = kind_of(site["fn"])
+        if is_discrete(site):
+            raise ProgramError(
+                f"Latent '{name}' ({kind}) has no finite support to enumerate. Truncate it to a "
+                "Categorical over the values that matter, or give it a guide (lvppl.SVI, "
+                "lvppl.log_likelihood with estimator='importance')."
+            )
+        raise ProgramError(
+            f"Latent '{name}' ({kind}) is continuous: it cannot be enumerated, and its integral "
+            "has no closed form known here. Give it a guide (lvppl.SVI, lvppl.log_likelihood with "
+            "estimator='importance'), make it a parameter (pyro.param), or replace it by a finite "
+            "grid of values."
+        )
+
+
+def too_large(latents: Mapping[str, Any], elements: int) -> str:
+    states = sum(
+        math.log10(num_states(site)) * math.prod(plate.size for plate in plates_of(site))
+        for site in latents.values()
+    )
+    return (
+        f"The exact sum over {_names(latents)} needs a table of more than {elements:,} elements "
+        f"(about 10^{states:.0f} joint states; at most {MOST_ELEMENTS:,} elements are allowed). "
+        "Put independent latents into a pyro.plate, wrap chains in pyro.markov, "
+        "or give some of the sites a guide."
+    )
+
+
+def _names(latents: Mapping[str, Any]) -> str:
+    names = [f"'{name}'" for name in latents]
+    return ", ".join(names if len(names) <= 6 else [*names[:5], f"... ({len(names)} sites)"])
+
+
+class TooLarge(Exception):
+    """A tensor under enumeration has more elements than one wants to hold."""
+
+
+class NothingLarge(TorchDispatchMode):
+    """Stop before a program whose sites all depend on each other fills the memory."""
+
+    def __init__(self, most_elements: int) -> None:
+        super().__init__()
+        self.most_elements = most_elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if tensors:
+            try:
+                numel = math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
+            except RuntimeError:  # not an element-wise operation
+                numel = max(t.numel() for t in tensors)
+            if numel > self.most_elements:
+                raise TooLarge
+        return func(*args, **(kwargs or {}))
+
+
+class _Explained(AbstractContextManager[None]):
+    """Says why a program does not run under enumeration, and what to do."""
+
+    def __init__(self, program: Program, layout: Layout) -> None:
+        self.layout = layout
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None or (isinstance(error, ProgramError) and not _is_failure(error)):
+            return
+        causes = (error, error.__cause__, error.__context__)
+        sites = self.layout.enumerated
+        names = ", ".join(f"'{n}'" for n in sites[:5]) + (", ..." if len(sites) > 5 else "")
+        if any(isinstance(cause, TooLarge) for cause in causes):
+            raise ProgramError(
+                f"Under enumeration of {len(sites)} latent sites ({names}) the program makes a "
+                f"tensor of more than {MOST_ELEMENTS:,} elements: too many latents depend on each "
+                "other at once. Wrap chains in pyro.markov, put independent latents into a "
+                "pyro.plate, or give some of the sites a guide."
+            ) from error
+        if len(sites) > 20 and any("dim" in str(cause) for cause in causes):
+            raise ProgramError(
+                f"Under enumeration each of the {len(sites)} latent sites ({names}) takes a tensor "
+                "dimension of its own, more than torch has. Where each depends only on the one "
+                "before it, write the loop as `for t in pyro.markov(range(T))`. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        if isinstance(error, ProgramFailure):
+            raise ProgramFailure(
+                f"{error} This is under enumeration, where the value of a latent site has one more "
+                f"dimension on the left, over its states (enumerated: {names}). Index with "
+                "pyro.ops.indexing.Vindex or plain x[z], keep leading dimensions, and declare "
+                "batch dimensions by pyro.plate and event dimensions by .to_event."
+            ) from error
+
+
+def _is_failure(error: Exception) -> bool:
+    return isinstance(error, ProgramFailure)
