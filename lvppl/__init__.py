@@ -19,6 +19,8 @@ from lvppl.checks import CheckReport, check
 from lvppl.errors import ProgramError
 from lvppl.evidence import ExactPosterior, LogEvidence, log_evidence, posterior
 from lvppl.inference.amortization import amortization_gap
+from lvppl.inference.em import EM
+from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
 from lvppl.inference.likelihood import LikelihoodEstimate, log_likelihood
 from lvppl.inference.svi import SVI
@@ -38,10 +40,12 @@ from lvppl.terms import Terms, trace_terms
 
 __all__ = [
     "ELBO",
+    "EM",
     "IWAE",
     "SVI",
     "CheckReport",
     "CyclicSchedule",
+    "EMFit",
     "ExactPosterior",
     "Fit",
     "HardELBO",

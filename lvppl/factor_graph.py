@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lvppl.layout import Layout, layout_of
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, kind_of, plates_of
 
-__all__ = ["FactorGraph", "NothingLarge", "TooLarge", "enumerating", "graph_of"]
+__all__ = ["FactorGraph", "NothingLarge", "TooLarge", "enumerating", "explained_run", "graph_of"]
 
 Program = Callable[..., Any]
 
@@ -44,7 +44,7 @@ def graph_of(
     """
     program = enumerating(model)
     layout = layout_of(program, None, args, kwargs)
-    with _Explained(program, layout):
+    with explained_run(layout):
         graph = FactorGraph(program, args, kwargs, layout, temperature=temperature, guarded=True)
     graph.require_affordable()
     return graph
@@ -209,40 +209,39 @@ class NothingLarge(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Explained(AbstractContextManager[None]):
-    """Says why a program does not run under enumeration, and what to do."""
-
-    def __init__(self, program: Program, layout: Layout) -> None:
-        self.layout = layout
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None or (isinstance(error, ProgramError) and not _is_failure(error)):
-            return
-        causes = (error, error.__cause__, error.__context__)
-        sites = self.layout.enumerated
-        names = ", ".join(f"'{n}'" for n in sites[:5]) + (", ..." if len(sites) > 5 else "")
-        if any(isinstance(cause, TooLarge) for cause in causes):
-            raise ProgramError(
-                f"Under enumeration of {len(sites)} latent sites ({names}) the program makes a "
-                f"tensor of more than {MOST_ELEMENTS:,} elements: too many latents depend on each "
-                "other at once. Wrap chains in pyro.markov, put independent latents into a "
-                "pyro.plate, or give some of the sites a guide."
-            ) from error
-        if len(sites) > 20 and any("dim" in str(cause) for cause in causes):
-            raise ProgramError(
-                f"Under enumeration each of the {len(sites)} latent sites ({names}) takes a tensor "
-                "dimension of its own, more than torch has. Where each depends only on the one "
-                "before it, write the loop as `for t in pyro.markov(range(T))`. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        if isinstance(error, ProgramFailure):
-            raise ProgramFailure(
-                f"{error} This is under enumeration, where the value of a latent site has one more "
-                f"dimension on the left, over its states (enumerated: {names}). Index with "
-                "pyro.ops.indexing.Vindex or plain x[z], keep leading dimensions, and declare "
-                "batch dimensions by pyro.plate and event dimensions by .to_event."
-            ) from error
+@contextmanager
+def explained_run(layout: Layout) -> Iterator[None]:
+    """Say why a program does not run under enumeration, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ProgramError) and not isinstance(error, ProgramFailure):
+            raise
+        _explain(error, layout.enumerated)
+        raise
 
 
-def _is_failure(error: Exception) -> bool:
-    return isinstance(error, ProgramFailure)
+def _explain(error: Exception, sites: Sequence[str]) -> None:
+    causes = (error, error.__cause__, error.__context__)
+    names = ", ".join(f"'{n}'" for n in sites[:5]) + (", ..." if len(sites) > 5 else "")
+    if any(isinstance(cause, TooLarge) for cause in causes):
+        raise ProgramError(
+            f"Under enumeration of {len(sites)} latent sites ({names}) the program makes a tensor "
+            f"of more than {MOST_ELEMENTS:,} elements: too many latents depend on each other at "
+            "once. Wrap chains in pyro.markov, put independent latents into a pyro.plate, or give "
+            "some of the sites a guide."
+        ) from error
+    if len(sites) > 20 and any("dim" in str(cause) for cause in causes):
+        raise ProgramError(
+            f"Under enumeration each of the {len(sites)} latent sites ({names}) takes a tensor "
+            "dimension of its own, more than torch has. Where each depends only on the one before "
+            "it, write the loop as `for t in pyro.markov(range(T))`. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if isinstance(error, ProgramFailure):
+        raise ProgramFailure(
+            f"{error} This is under enumeration, where the value of a latent site has one more "
+            f"dimension on the left, over its states (enumerated: {names}). Index with "
+            "pyro.ops.indexing.Vindex or plain x[z], keep leading dimensions, and declare batch "
+            "dimensions by pyro.plate and event dimensions by .to_event."
+        ) from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor, nn
 
 from lvppl.checks import check
 from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.inference.arguments import (
+    as_tuple,
+    check_counts,
+    check_data,
+    explained,
+    named_device,
+    shapes_of,
+    tensors_in,
+)
 from lvppl.inference.fit import Fit, History, moved, versions
 from lvppl.inference.minibatch import (
     Transform,
@@ -147,8 +152,8 @@ class SVI:
         seed = checked_seed(seed)
         where, given = self._device(device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
-        held_out = None if validation is None else moved(_as_tuple(validation), where)
-        _check_counts(
+        held_out = None if validation is None else moved(as_tuple(validation), where)
+        check_counts(
             num_epochs=num_epochs,
             num_steps=num_steps,
             batch_size=batch_size,
@@ -156,7 +161,7 @@ class SVI:
             evaluate_every=evaluate_every,
         )
         check_positive("tolerance", tolerance, zero=True)
-        batch_size = _check_data(data, batch_size, held_out, strict)
+        batch_size = check_data(data, batch_size, held_out, strict)
         state = FitState(where if given else None)
         try:
             plates, own, prototype = self._prepare(
@@ -258,11 +263,11 @@ class SVI:
         """The device of the fit, and whether the user named it."""
         modules = modules_of(self.model, self.guide)
         if device != "auto":
-            where = _named_device(device)
+            where = named_device(device)
             for module in modules:
                 module.to(where)
             return where, True
-        tensors = [t for m in modules for t in m.parameters()] + list(_tensors(data))
+        tensors = [t for m in modules for t in m.parameters()] + list(tensors_in(data))
         return (tensors[0].device if tensors else torch.tensor(0.0).device), False
 
     def _prepare(
@@ -290,7 +295,11 @@ class SVI:
         state.add_modules(modules)
         with state.active(), seeded(derived_seed(seed, "prepare"), device):
             plates: tuple[str, ...] = ()
-            with _explained(data, kwargs, modules), state.discovering(), state.buffers_preserved():
+            with (
+                explained(data, kwargs, modules, SVI.fit),
+                state.discovering(),
+                state.buffers_preserved(),
+            ):
                 if batch_size is not None:
                     # First, because an autoguide takes its shapes from its first batch.
                     plates = data_plates_of(
@@ -305,7 +314,7 @@ class SVI:
                     batch = gather(data, index, rows or batch_size)
                 batch = transformed(transform, batch)
                 first_run(self.model, self.guide, batch, kwargs)
-            with state.buffers_preserved(), _explained(data, kwargs, modules):
+            with state.buffers_preserved(), explained(data, kwargs, modules, SVI.fit):
                 report = check(self.model, self.guide, *batch, strict=strict, **kwargs)
                 programs = set(state.tensors())
                 with scaled_minibatch(plates, rows or 1):
@@ -338,7 +347,7 @@ class SVI:
         try:
             first_run(self.model, self.guide, transformed(transform, batch), kwargs)
         except ProgramFailure as error:
-            came, expected = (_shapes(args) for args in (held_out, data))
+            came, expected = (shapes_of(args) for args in (held_out, data))
             raise ProgramError(
                 f"the program does not run on the validation data, of shape {came}; that of the "
                 f"training data is {expected}. Give held-out rows of the same kind. {error}"
@@ -396,14 +405,6 @@ def _resumed_settings(fit: Any, seed: int | None, batch_size: int | None) -> tup
     return fit.seed, before
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-            raise ProgramError(f"{name} must be an integer, but is {count!r}")
-        if count is not None and count < 1:
-            raise ProgramError(f"{name} must be at least 1, but is {count}")
-
-
 def _max_steps(
     num_epochs: int | None, num_steps: int | None, rows: int | None, batch_size: int | None
 ) -> int:
@@ -412,113 +413,3 @@ def _max_steps(
     per_epoch = 1 if batch_size is None else -(-(rows or 1) // batch_size)
     by_epochs = math.inf if num_epochs is None else num_epochs * per_epoch
     return int(min(by_epochs, math.inf if num_steps is None else num_steps))
-
-
-def _as_tuple(validation: Any) -> tuple[Any, ...]:
-    return tuple(validation) if isinstance(validation, (tuple, list)) else (validation,)
-
-
-def _named_device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ProgramError(
-            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); "
-            'use "auto" or "cpu"'
-        ) from error
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    return where
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if type(value) in (tuple, list):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if type(value) is dict:
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    return []
-
-
-def _check_data(
-    data: tuple[Any, ...], batch_size: int | None, validation: tuple[Any, ...] | None, strict: bool
-) -> int | None:
-    """Refuse data that cannot be right; the batch size that is needed, None for all rows."""
-    rows = num_rows(data)
-    for what, args in (("data", data), ("validation", validation or ())):
-        for place, value in enumerate(args):
-            for tensor in _tensors(value):
-                _check_tensor(f"{what} argument {place}", tensor, strict)
-    if validation is not None and len(validation) != len(data):
-        raise ProgramError(
-            f"validation has {len(validation)} arguments but the training data have {len(data)}; "
-            "give a tuple of as many"
-        )
-    if batch_size is None:
-        return None
-    if rows is None:
-        came = "nothing" if not data else f"a {type(data[0]).__name__}"
-        raise ProgramError(
-            f"batch_size={batch_size} needs a tensor of rows as the first argument, but got "
-            f"{came}. Convert arrays with torch.as_tensor(...), or leave batch_size out."
-        )
-    return batch_size if batch_size < rows else None
-
-
-def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
-    if tensor.dim() > 0 and tensor.shape[0] == 0:
-        raise ProgramError(f"{name} has no rows: its shape is {tuple(tensor.shape)}")
-    if strict and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
-        raise ProgramError(
-            f"{name} has {float(tensor[tuple(where)])} at index {where}. Fill or mask missing "
-            "values before the fit, or pass strict=False where the program handles them."
-        )
-
-
-def _shapes(args: tuple[Any, ...]) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(args))
-
-
-@contextmanager
-def _explained(
-    data: tuple[Any, ...], kwargs: Mapping[str, Any], modules: list[nn.Module]
-) -> Iterator[None]:
-    """Say why a program fails: tensors do not go together, or an option does not exist."""
-    try:
-        yield
-    except (RuntimeError, ProgramFailure) as error:
-        _explain_option(error, kwargs)
-        _explain_tensors(error, data, modules)
-        raise
-
-
-def _explain_option(error: Exception, kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if f"unexpected keyword argument '{name}'" in str(error):
-            close = difflib.get_close_matches(name, inspect.signature(SVI.fit).parameters, 1)
-            meant = f" Did you mean {close[0]}=?" if close else ""
-            raise ProgramError(
-                f"{error}: fit({name}=...) is not an option of fit, and the program does not take "
-                f"it.{meant}"
-            ) from error
-
-
-def _explain_tensors(error: Exception, data: tuple[Any, ...], modules: list[nn.Module]) -> None:
-    floats = {str(t.dtype) for t in _tensors(data) if t.is_floating_point()}
-    own = [t for module in modules for t in module.parameters() if t.is_floating_point()]
-    kinds = {str(tensor.dtype) for tensor in own}
-    if floats and kinds and floats != kinds:
-        raise ProgramError(
-            f"the data are {', '.join(sorted(floats))} but the modules of the program are "
-            f"{', '.join(sorted(kinds))}: {error}. Convert one, with data.float() or "
-            "module.double()."
-        ) from error
-    places = {str(t.device) for t in [*_tensors(data), *own]}
-    if len(places) > 1:
-        raise ProgramError(
-            f"tensors are on different devices, {', '.join(sorted(places))}: {error}. Name one "
-            "in fit(..., device=...)."
-        ) from error

@@ -1,0 +1,148 @@
+"""Checks of what a user passes to a fit: data, counts, device; and words for what fails."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.inference.minibatch import num_rows
+
+__all__ = [
+    "as_tuple",
+    "check_counts",
+    "check_data",
+    "explained",
+    "named_device",
+    "shapes_of",
+    "tensors_in",
+]
+
+
+def check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise ProgramError(f"{name} must be an integer, but is {count!r}")
+        if count is not None and count < 1:
+            raise ProgramError(f"{name} must be at least 1, but is {count}")
+
+
+def as_tuple(validation: Any) -> tuple[Any, ...]:
+    return tuple(validation) if isinstance(validation, (tuple, list)) else (validation,)
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ProgramError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); "
+            'use "auto" or "cpu"'
+        ) from error
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if type(value) is dict:
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    return []
+
+
+def check_data(
+    data: tuple[Any, ...], batch_size: int | None, validation: tuple[Any, ...] | None, strict: bool
+) -> int | None:
+    """Refuse data that cannot be right; the batch size that is needed, None for all rows."""
+    rows = num_rows(data)
+    for what, args in (("data", data), ("validation", validation or ())):
+        for place, value in enumerate(args):
+            for tensor in tensors_in(value):
+                _check_tensor(f"{what} argument {place}", tensor, strict)
+    if validation is not None and len(validation) != len(data):
+        raise ProgramError(
+            f"validation has {len(validation)} arguments but the training data have {len(data)}; "
+            "give a tuple of as many"
+        )
+    if batch_size is None:
+        return None
+    if rows is None:
+        came = "nothing" if not data else f"a {type(data[0]).__name__}"
+        raise ProgramError(
+            f"batch_size={batch_size} needs a tensor of rows as the first argument, but got "
+            f"{came}. Convert arrays with torch.as_tensor(...), or leave batch_size out."
+        )
+    return batch_size if batch_size < rows else None
+
+
+def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
+    if tensor.dim() > 0 and tensor.shape[0] == 0:
+        raise ProgramError(f"{name} has no rows: its shape is {tuple(tensor.shape)}")
+    if strict and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
+        raise ProgramError(
+            f"{name} has {float(tensor[tuple(where)])} at index {where}. Fill or mask missing "
+            "values before the fit, or pass strict=False where the program handles them."
+        )
+
+
+def shapes_of(args: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(args))
+
+
+@contextmanager
+def explained(
+    data: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    modules: list[nn.Module],
+    options: Callable[..., Any],
+) -> Iterator[None]:
+    """Say why a program fails: tensors do not go together, or an option does not exist."""
+    try:
+        yield
+    except (RuntimeError, ProgramFailure) as error:
+        _explain_option(error, kwargs, options)
+        _explain_tensors(error, data, modules)
+        raise
+
+
+def _explain_option(
+    error: Exception, kwargs: Mapping[str, Any], options: Callable[..., Any]
+) -> None:
+    for name in kwargs:
+        if f"unexpected keyword argument '{name}'" in str(error):
+            close = difflib.get_close_matches(name, inspect.signature(options).parameters, 1)
+            meant = f" Did you mean {close[0]}=?" if close else ""
+            raise ProgramError(
+                f"{error}: fit({name}=...) is not an option of fit, and the program does not take "
+                f"it.{meant}"
+            ) from error
+
+
+def _explain_tensors(error: Exception, data: tuple[Any, ...], modules: list[nn.Module]) -> None:
+    floats = {str(t.dtype) for t in tensors_in(data) if t.is_floating_point()}
+    own = [t for module in modules for t in module.parameters() if t.is_floating_point()]
+    kinds = {str(tensor.dtype) for tensor in own}
+    if floats and kinds and floats != kinds:
+        raise ProgramError(
+            f"the data are {', '.join(sorted(floats))} but the modules of the program are "
+            f"{', '.join(sorted(kinds))}: {error}. Convert one, with data.float() or "
+            "module.double()."
+        ) from error
+    places = {str(t.device) for t in [*tensors_in(data), *own]}
+    if len(places) > 1:
+        raise ProgramError(
+            f"tensors are on different devices, {', '.join(sorted(places))}: {error}. Name one "
+            "in fit(..., device=...)."
+        ) from error

@@ -1,0 +1,162 @@
+r"""The E-step: the exact posterior of the discrete latents, as weights on the sites of Q.
+
+What it maximises over q at fixed parameters, and the value of that maximum:
+
+=============  ================================  =========================================
+soft           E_q ln p(z, y) + H(q)             ln p(y)
+temperature T  E_q ln p(z, y) + T·H(q)           T ln Σ_z p(z, y)^(1/T)
+hard           ln p(z, y) at one z               max over z of ln p(z, y), the hard ELBO
+=============  ================================  =========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvppl.elimination import dims_of, log_max, log_sum_exp, named
+from lvppl.elimination import solve as solve_factors
+from lvppl.enumerated import num_states
+from lvppl.factor_graph import FactorGraph
+from lvppl.inference.m_step.weighted import Weighted
+from lvppl.layout import Layout
+from lvppl.tracing import sample_sites, trace_pair
+
+__all__ = ["Expectation", "Mode", "expected_log_joint", "sites_of"]
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which q the E-step looks for."""
+
+    hard: bool = False
+    temperature: float = 1.0
+
+    @property
+    def tracked(self) -> str:
+        if self.hard:
+            return "hard ELBO"
+        if self.temperature != 1.0:
+            return f"E_q ln p(z, y) + {self.temperature:g} H(q)"
+        return "ln p(y)"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One E-step.
+
+    Attributes:
+        objective: the maximum over q, 0-dim float64, summed over the data in nats.
+        per_datum: the same by datum, (data,).
+        terms: the sites of Q.
+    """
+
+    objective: Tensor
+    per_datum: Tensor
+    terms: list[Weighted]
+
+    @staticmethod
+    def of(
+        program: Program, args: Any, kwargs: Mapping[str, Any], layout: Layout, mode: Mode
+    ) -> Expectation:
+        """Run the program at its present parameters and find the best q.
+
+        Raises:
+            ProgramError: a datum has probability zero.
+        """
+        with torch.no_grad():
+            graph = FactorGraph(program, args, kwargs, layout, temperature=mode.temperature)
+            if graph.enumerated is None:
+                value, weights = graph.apart()[0], {}
+            else:
+                queries = graph.enumerated.over_factors()
+                reduction = log_max if mode.hard else log_sum_exp
+                value, answers = graph.solve(queries, reduction=reduction)
+                weights = dict(zip(graph.enumerated.factors, answers, strict=True))
+            return Expectation(
+                value.double().sum() * graph.data_scale, value, _weighted(graph, weights)
+            )
+
+    @staticmethod
+    def clamped(
+        program: Program,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        q: Mapping[str, Tensor],
+    ) -> list[Weighted]:
+        """The sites of Q under a given q, independent by site: ``q[site]`` is (*plates, K).
+
+        A latent that ``q`` does not have is uniform.
+        """
+        with torch.no_grad():
+            graph = FactorGraph(program, args, kwargs, layout)
+            assert graph.enumerated is not None
+            factors = []
+            for name, site in graph.latents.items():
+                query = graph.enumerated.over_sites([site])
+                given = q.get(name)
+                logs = query if given is None else given.movedim(-1, 0).to(query).log()
+                if given is None:
+                    logs = query - torch.tensor(float(num_states(site))).log().to(query)
+                factors.append(named(logs.expand(query.shape).contiguous(), dims_of(query)))
+            _, answers = solve_factors(
+                factors,
+                graph.enumerated.over_factors(),
+                eliminate=graph.enumerated.eliminate,
+                plates=graph.enumerated.plates,
+            )
+            return _weighted(graph, dict(zip(graph.enumerated.factors, answers, strict=True)))
+
+
+def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weighted]:
+    terms = []
+    for name, site in graph.sites.items():
+        log_prob = graph.run.log_prob(site)
+        if name in posterior:
+            weight = posterior[name].reshape(log_prob.shape)
+        else:
+            weight = log_prob.new_ones(()).expand(log_prob.shape)
+        if site["mask"] is not None:
+            weight = weight * site["mask"]
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
+            weight = weight * site["scale"]
+        terms.append(Weighted(name, site["fn"], site["value"], weight))
+    return terms
+
+
+def sites_of(
+    program: Program, args: Any, kwargs: Mapping[str, Any], layout: Layout
+) -> list[Weighted]:
+    """The sites of one run under enumeration, without a posterior: all weights are one."""
+    trace, _ = trace_pair(program, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True)
+    return [
+        Weighted(site["name"], site["fn"], site["value"], torch.ones(()))
+        for site in sample_sites(trace)
+    ]
+
+
+def expected_log_joint(
+    program: Program,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    weights: Mapping[str, Tensor],
+) -> Tensor:
+    """Q(θ) at fixed weights, 0-dim, differentiable in the parameters."""
+    trace, _ = trace_pair(program, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for site in sample_sites(trace):
+        log_prob = site["fn"].log_prob(site["value"])
+        weight = weights[site["name"]]
+        log_prob = log_prob.expand(weight.shape) if log_prob.dim() <= weight.dim() else log_prob
+        # 0 x -inf: what is impossible, or masked, counts nothing
+        possible = torch.where(weight > 0, log_prob, torch.zeros_like(log_prob))
+        total = total.to(log_prob.device) + (weight * possible).sum().double()
+    return total

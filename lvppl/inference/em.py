@@ -1,0 +1,327 @@
+"""Expectation maximisation: the front door."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+
+from lvppl.errors import ProgramError
+from lvppl.factor_graph import FactorGraph, enumerating, explained_run
+from lvppl.inference.arguments import check_counts, check_data, explained, named_device, tensors_in
+from lvppl.inference.e_step import Mode
+from lvppl.inference.em_fit import EMFit, Restart
+from lvppl.inference.em_loop import Loop, Problem, Settings
+from lvppl.inference.fit import moved, versions
+from lvppl.inference.map_latents import MapLatents, global_latents
+from lvppl.inference.minibatch import data_plates_of, gather, num_rows
+from lvppl.inference.starts import INITS, start_of
+from lvppl.inference.state import FitState, modules_of
+from lvppl.layout import layout_of
+from lvppl.seeding import checked_seed, derived_seed, seeded
+from lvppl.tracing import trace_pair, undisturbed
+
+__all__ = ["EM"]
+
+Program = Callable[..., Any]
+
+
+class EM:
+    r"""Maximum likelihood, or MAP, for any Pyro program whose latents can be enumerated.
+
+    Two half-steps on one function, the ELBO :math:`E_q \ln p_θ(z, y) + H(q)`: over q at fixed θ
+    (the exact posterior, by variable elimination), and over θ at fixed q (in closed form wherever
+    the expected log-likelihood has one, found by probing the program). Neither can decrease it:
+
+    =============  ================================================================
+    soft           ln p(y)
+    ``hard``       the hard ELBO, max over z of ln p(z, y)
+    temperature T  E_q ln p(z, y) + T·H(q)
+    with priors    the same + ln p(θ): global continuous latents are MAP parameters
+    ``online``     nothing is promised step by step
+    =============  ================================================================
+
+    ::
+
+        fit = lvppl.EM(model, init="kmeans++", restarts=5).fit(y, seed=0)
+        print(fit)                      # status, ln p(y), how each parameter was maximised
+        fit.posterior(y).marginals("z")
+
+    :param model: a Pyro program whose latents are discrete with finite support, marked for
+        enumeration or not. Continuous latents shared by all data become parameters.
+    :param hard: q is the single best assignment z; ties go to the first state.
+    :param temperature: T > 0 of deterministic annealing; a callable from the number of the
+        iteration to T anneals (Ueda and Nakano 1998).
+    :param online: stochastic EM on minibatches, with the statistics averaged at a decaying step
+        (t + 2)^(−0.6) (Cappé and Moulines 2009, section 2).
+    :param restarts: independent starts; the best is kept, all are reported.
+    :param init: ``"model"`` starts from the program's parameters as they are. ``"kmeans++"`` and
+        ``"random"`` assign each datum to the nearest of K data, chosen by k-means++ or uniformly,
+        and start with an M-step.
+    :param floor: smallest variance (eigenvalue of a covariance), relative to the variance of the
+        data at the same site. 0 for none: a component may then shrink onto one datum, where the
+        likelihood is unbounded.
+    :param num_gradient_steps: iterations of L-BFGS in an M-step, for parameters without a formula.
+    :raises ProgramError: for options that do not exist or do not go together.
+
+    Source: Dempster, Laird and Rubin 1977 (JRSS B 39); Neal and Hinton 1998, for the two half-steps
+    on one function; Meng and Rubin 1993, for conditional maximisation.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        *,
+        hard: bool = False,
+        temperature: float | Callable[[int], float] | None = None,
+        online: bool = False,
+        restarts: int = 1,
+        init: str = "model",
+        floor: float = 1e-6,
+        num_gradient_steps: int = 20,
+    ) -> None:
+        if not callable(model) or isinstance(model, type):
+            raise ProgramError(f"model must be a Pyro program (a callable), not {model!r}")
+        check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
+        if init not in INITS:
+            raise ProgramError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
+        if restarts > 1 and init == "model":
+            raise ProgramError(
+                f"restarts={restarts} from init='model' would be the same start {restarts} times. "
+                "Use init='kmeans++' or init='random'."
+            )
+        if hard and temperature is not None:
+            raise ProgramError(
+                "hard=True is the limit of temperature 0: give one of the two. A schedule such as "
+                "temperature=lambda i: max(0.1, 0.9**i) comes near it."
+            )
+        if not isinstance(floor, int | float) or not 0 <= floor < math.inf:
+            raise ProgramError(f"floor must be a number of at least 0, but is {floor!r}")
+        self.model = model
+        self.hard = hard
+        self.temperature = temperature
+        self.online = online
+        self.restarts = restarts
+        self.init = init
+        self.floor = float(floor)
+        self.num_gradient_steps = num_gradient_steps
+
+    def fit(
+        self,
+        *data: Any,
+        max_iter: int = 200,
+        tol: float = 1e-6,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        device: str | torch.device = "auto",
+        callbacks: Sequence[Callable[[EMFit], Any]] = (),
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> EMFit:
+        """Iterate until an iteration gains less than ``tol`` nats per datum.
+
+        :param data: positional arguments of the model.
+        :param max_iter: iterations; passes over the data for ``online``.
+        :param tol: smallest gain that goes on, in nats per datum. 0: only ``max_iter`` stops.
+        :param batch_size: rows held at once. The E-step streams over the batches and the answer is
+            that of all rows together; for ``online`` it is the minibatch.
+        :param seed: of the start; the same seed gives the same fit. None draws one.
+        :param device: as in :meth:`lvppl.SVI.fit`.
+        :param callbacks: each is called with the fit in progress after each iteration.
+            ``StopIteration`` ends the fit.
+        :param progress: show a progress bar, or a line now and then.
+        :raises ProgramError: before the first iteration, where program, data or options do not fit;
+            later where a datum becomes impossible under the model.
+        """
+        seed = checked_seed(seed)
+        check_counts(max_iter=max_iter, batch_size=batch_size)
+        if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
+            raise ProgramError(f"tol must be a number of at least 0, but is {tol!r}")
+        where, given = self._device(device, data)
+        data, kwargs = moved(data, where), moved(kwargs, where)
+        batch_size = check_data(data, batch_size, None, True)
+        if self.online and batch_size is None:
+            raise ProgramError(
+                "online=True needs fit(..., batch_size=...): the minibatch of a step"
+            )
+        state = FitState(where if given else None)
+        try:
+            problem = self._prepare(state, data, kwargs, batch_size, seed, where)
+            settings = Settings(
+                max_iter=max_iter,
+                tol=float(tol),
+                mode=self._modes(),
+                online=self.online,
+                num_gradient_steps=self.num_gradient_steps,
+                seed=seed,
+                progress=progress,
+                callbacks=tuple(callbacks),
+            )
+            return self._run(state, problem, settings, where)
+        finally:
+            state.finish()
+
+    # --------------------------------------------------------------------------- before iterating
+
+    def _modes(self) -> Callable[[int], Mode]:
+        given = self.temperature
+
+        def mode(iteration: int) -> Mode:
+            value = given(iteration) if callable(given) else given
+            value = 1.0 if value is None else value
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ProgramError(f"temperature must be a number above 0, but is {value!r}")
+            return Mode(self.hard, float(value))
+
+        mode(0)
+        return mode
+
+    def _device(self, device: str | torch.device, data: tuple[Any, ...]) -> tuple[Any, bool]:
+        modules = modules_of(self.model)
+        if device != "auto":
+            where = named_device(device)
+            for module in modules:
+                module.to(where)
+            return where, True
+        tensors = [t for m in modules for t in m.parameters()] + list(tensors_in(data))
+        return (tensors[0].device if tensors else torch.tensor(0.0).device), False
+
+    def _prepare(
+        self,
+        state: FitState,
+        data: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        batch_size: int | None,
+        seed: int,
+        device: torch.device,
+    ) -> Problem:
+        """Make every parameter, refuse what EM cannot do, and find how each is maximised."""
+        modules = modules_of(self.model)
+        state.add_modules(modules)
+        with (
+            state.active(),
+            seeded(derived_seed(seed, "prepare"), device),
+            explained(data, kwargs, modules, EM.fit),
+        ):
+            with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
+                trace_pair(self.model, None, data, kwargs)
+            latents = MapLatents(global_latents(self.model, data, kwargs))
+            program = latents(enumerating(self.model))
+            batches = _batches(self.model, data, kwargs, batch_size)
+            with undisturbed():
+                layout = layout_of(program, None, batches[0], kwargs)
+                with explained_run(layout):
+                    graph = FactorGraph(program, batches[0], kwargs, layout, guarded=True)
+                graph.require_affordable()
+            _require_latents(graph)
+            state.claim()
+            if not state.tensors():
+                raise ProgramError(
+                    "The model has no parameter to maximise. Write pyro.param(name, value), a "
+                    "PyroModule with PyroParam, or pyro.module. lvppl.posterior(model, *data) gives "
+                    "the posterior of the latents."
+                )
+            store = pyro.get_param_store().get_state()
+            return Problem.of(
+                program=program,
+                latents=latents,
+                batches=batches,
+                kwargs=dict(kwargs),
+                tensors=state.tensors(),
+                constraints=store["constraints"],
+                floor=self.floor,
+                device=device,
+            )
+
+    # ---------------------------------------------------------------------------------- restarts
+
+    def _run(
+        self, state: FitState, problem: Problem, settings: Settings, device: torch.device
+    ) -> EMFit:
+        start, buffers = state.values()
+        best: tuple[Loop, Any] | None = None
+        restarts: list[Restart] = []
+        for number in range(self.restarts):
+            state.assign(start, buffers)
+            loop = Loop(problem, settings, state, self._record(state, problem, settings, restarts))
+            with state.active(), state.buffers_preserved():
+                start_of(
+                    self.init, problem, settings, derived_seed(settings.seed, f"start{number}")
+                )
+            loop.run()
+            values = state.values()
+            restarts.append(
+                Restart(
+                    number, loop.status, loop.reason, loop.best, loop.iteration, state.constrained()
+                )
+            )
+            if best is None or not loop.best <= best[0].best:
+                best = (loop, values)
+            if loop.status == "interrupted":
+                break
+        assert best is not None
+        loop, values = best
+        state.finish(values)
+        return self._record(state, problem, settings, restarts)(loop)
+
+    def _record(
+        self,
+        state: FitState,
+        problem: Problem,
+        settings: Settings,
+        restarts: list[Restart],
+    ) -> Callable[[Loop], EMFit]:
+        def record(loop: Loop) -> EMFit:
+            return EMFit.of(
+                self.model,
+                loop,
+                state,
+                problem,
+                settings,
+                versions(),
+                tuple(restarts),
+                {
+                    "hard": self.hard,
+                    "temperature": settings.mode(loop.iteration).temperature,
+                    "online": self.online,
+                    "init": self.init,
+                    "floor": self.floor,
+                    "tol": settings.tol,
+                    "map_latents": sorted(problem.latents.names),
+                },
+            )
+
+        return record
+
+
+def _batches(
+    model: Program, data: tuple[Any, ...], kwargs: Mapping[str, Any], batch_size: int | None
+) -> list[tuple[Any, ...]]:
+    rows = num_rows(data)
+    if batch_size is None or rows is None:
+        return [data]
+    if not data_plates_of(model, None, data, dict(kwargs), batch_size=batch_size):
+        raise ProgramError(
+            f"batch_size={batch_size} asks for batches, but the data plate of the model states its "
+            "full size and scales itself. Write pyro.plate(name, len(y)), or leave batch_size out."
+        )
+    return [
+        gather(
+            data, torch.arange(first, min(first + batch_size, rows), device=data[0].device), rows
+        )
+        for first in range(0, rows, batch_size)
+    ]
+
+
+def _require_latents(graph: FactorGraph) -> None:
+    if graph.latents:
+        return
+    raise ProgramError(
+        "The model has no discrete latent, so that there is nothing to take an expectation over. "
+        "Write pyro.sample('z', dist.Categorical(weights)) without obs=, or fit the parameters by "
+        "lvppl.SVI with an empty guide."
+    )

@@ -1,0 +1,336 @@
+"""The iterations of EM: E-step, look, M-step, until something stops them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvppl.inference.e_step import Expectation, Mode, expected_log_joint, sites_of
+from lvppl.inference.gradient_step import raise_by_gradient
+from lvppl.inference.m_step import MStep
+from lvppl.inference.m_step.bindings import Bound, bind
+from lvppl.inference.m_step.entries import Parameters
+from lvppl.inference.m_step.statistics import Statistics
+from lvppl.inference.m_step.weighted import Weighted
+from lvppl.inference.map_latents import MapLatents
+from lvppl.inference.progress import Progress
+from lvppl.inference.state import FitState
+from lvppl.layout import Layout, layout_of
+from lvppl.seeding import derived_seed
+
+__all__ = ["Loop", "Problem", "Settings"]
+
+Batch = tuple[Any, ...]
+
+
+@dataclass
+class Problem:
+    """A program on its data, batch by batch, and how its parameters are maximised."""
+
+    program: Callable[..., Any]
+    latents: MapLatents
+    batches: Sequence[Batch]
+    kwargs: dict[str, Any]
+    parameters: Parameters
+    m_step: MStep
+    floor: float
+    device: torch.device
+    by_data: bool
+    """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
+
+    @staticmethod
+    def of(
+        *,
+        program: Callable[..., Any],
+        latents: MapLatents,
+        batches: Sequence[Batch],
+        kwargs: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        constraints: Mapping[str, Any],
+        floor: float,
+        device: torch.device,
+    ) -> Problem:
+        parameters = Parameters(tensors, constraints)
+        problem = Problem(
+            program,
+            latents,
+            batches,
+            kwargs,
+            parameters,
+            None,
+            floor,
+            device,
+            False,  # type: ignore
+        )
+        problem.m_step = problem.plan(batches[0])
+        if len(batches) > 1:
+            shapes = problem._shapes(problem.m_step)
+            again = problem._shapes(problem.plan(batches[-1]))
+            problem.by_data = shapes != again or problem._follow_rows(shapes)
+        return problem
+
+    def layout(self, batch: Batch) -> Layout:
+        return layout_of(self.program, None, batch, self.kwargs)
+
+    def plan(self, batch: Batch) -> MStep:
+        """The M-step found by probing on a batch."""
+        layout = self.layout(batch)
+
+        def run() -> list[Weighted]:
+            terms = sites_of(self.program, batch, self.kwargs, layout)
+            return [*terms, *self.latents.priors.values()]
+
+        with torch.no_grad():
+            bindings = bind(run, self.parameters)
+            terms = sites_of(self.program, batch, self.kwargs, layout)
+        priors = list(self.latents.priors.values())
+        return MStep(self.parameters, terms, priors, bindings, floor=self.floor)
+
+    @staticmethod
+    def _shapes(m_step: MStep) -> dict[Any, Any]:
+        return {
+            key: b.index.shape if isinstance(b, Bound) else None
+            for key, b in m_step.bindings.items()
+        }
+
+    def _follow_rows(self, shapes: Mapping[Any, Any]) -> bool:
+        rows = {plate.size for plate in self.layout(self.batches[0]).data_plates}
+        return any(s is None or rows & set(s) for s in shapes.values())
+
+    @property
+    def num_data(self) -> int:
+        """Data that a tolerance is per: those of the data plates, else rows of the data."""
+        sizes = [
+            math.prod(p.size for p in self.layout(batch).data_plates) for batch in self.batches
+        ]
+        return max(sum(sizes), 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, checked."""
+
+    max_iter: int
+    tol: float
+    mode: Callable[[int], Mode]
+    online: bool
+    num_gradient_steps: int
+    seed: int
+    progress: bool
+    callbacks: tuple[Callable[[Any], Any], ...]
+
+
+class Loop:
+    """One run from one start.
+
+    Attributes:
+        objectives: the tracked quantity before each M-step, and after the last; nats in all.
+        best: the last (for ``decreased`` the largest) of them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        state: FitState,
+        record: Callable[[Loop], Any],
+    ) -> None:
+        self.problem = problem
+        self.settings = settings
+        self.state = state
+        self.record = record
+        self.iteration = 0
+        self.objectives: list[float] = []
+        self.status, self.reason = "running", "the fit is in progress"
+        self.best = -math.inf
+        self._averaged: Statistics | None = None
+        self._step_number = 0
+
+    def run(self) -> None:
+        progress = Progress(self.settings.max_iter, 0, self.settings.progress)
+        kept = self.state.values()
+        try:
+            while self.status == "running":
+                with self.state.active(), self.state.buffers_preserved(), torch.no_grad():
+                    stop = self._iterate()
+                if stop == "decreased":
+                    self.state.assign(*kept)
+                elif self.objectives:
+                    self.best = self.objectives[-1]
+                if self.status == "running":
+                    kept = self._before
+                    progress.show(self.iteration, self._text)
+                    self._call_back()
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+            self.reason = (
+                f"interrupted after {self.iteration} iterations; the last parameters are kept"
+            )
+        finally:
+            progress.show(self.iteration, self._text, force=True)
+            progress.close()
+
+    def _text(self) -> str:
+        if not self.objectives:
+            return ""
+        return f"{self.mode.tracked} {self.objectives[-1]:.6g} nats"
+
+    @property
+    def mode(self) -> Mode:
+        return self.settings.mode(self.iteration)
+
+    # ------------------------------------------------------------------------------ one iteration
+
+    def _iterate(self) -> str:
+        """E-step, a look at what it says, and if nothing stops the run, the M-step."""
+        if self.settings.online:
+            return self._pass_online()
+        self._before = self.state.values()
+        objective, statistics, terms = self._expectation()
+        self.objectives.append(objective)
+        self._look(objective)
+        if self.status != "running":
+            return self.status
+        self._maximise(statistics, terms)
+        self.iteration += 1
+        return ""
+
+    def _expectation(self) -> tuple[float, Statistics, list[dict[str, Tensor]]]:
+        problem, mode = self.problem, self.mode
+        total = torch.zeros((), dtype=torch.float64, device=problem.device)
+        statistics = problem.m_step.statistics(problem.device)
+        weights: list[dict[str, Tensor]] = []
+        for batch in problem.batches:
+            m_step = problem.plan(batch) if problem.by_data else problem.m_step
+            found = Expectation.of(
+                problem.program, batch, problem.kwargs, problem.layout(batch), mode
+            )
+            total = total + found.objective.to(total.device)
+            m_step.gather(found.terms, statistics)
+            if problem.m_step.by_gradient:
+                weights.append({term.name: term.weight for term in found.terms})
+        return float(total + problem.latents.log_prob()), statistics, weights
+
+    def _maximise(self, statistics: Statistics, weights: Sequence[dict[str, Tensor]]) -> None:
+        problem = self.problem
+        problem.m_step.maximise(statistics)
+        names = problem.m_step.by_gradient
+        if not names or not weights:
+            return
+
+        def expected() -> Tensor:
+            parts = [
+                expected_log_joint(
+                    problem.program, batch, problem.kwargs, problem.layout(batch), weight
+                )
+                for batch, weight in zip(problem.batches, weights, strict=True)
+            ]
+            return torch.stack(parts).sum() + problem.latents.log_prob()
+
+        raise_by_gradient(
+            expected,
+            [problem.parameters[name].tensor for name in names],
+            num_steps=self.settings.num_gradient_steps,
+        )
+
+    # --------------------------------------------------------------------------------- stopping
+
+    def _look(self, objective: float) -> None:
+        """Whether the E-step's value ends the run, and why."""
+        settings, values = self.settings, self.objectives
+        tracked = self.mode.tracked
+        if not math.isfinite(objective):
+            self._stop("diverged", f"{tracked} is {objective} after {self.iteration} iterations")
+        elif len(values) > 1 and not _is_moving(settings, self.iteration):
+            gain = values[-1] - values[-2]
+            slack = self._rounding() * max(1.0, abs(values[-1]))
+            per_datum = gain / self.problem.num_data
+            if gain < -slack:
+                self._stop(
+                    "decreased",
+                    f"{tracked} fell by {-gain:.3g} nats in iteration {self.iteration}, more than "
+                    "rounding explains; the parameters before it are kept",
+                )
+                self.objectives.pop()
+            elif per_datum < settings.tol or (settings.tol > 0 and gain <= 0):
+                self._stop(
+                    "converged",
+                    f"iteration {self.iteration} gained {max(per_datum, 0.0):.2g} nats per datum, "
+                    f"less than tol={settings.tol:g}",
+                )
+        if self.status == "running" and self.iteration >= settings.max_iter:
+            self._stop("max_steps", f"all {settings.max_iter} iterations are done")
+
+    def _rounding(self) -> float:
+        dtypes = {p.tensor.dtype for p in self.problem.parameters.values()}
+        return 1e-10 if dtypes <= {torch.float64} else 2e-6
+
+    def _stop(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+    def _call_back(self) -> None:
+        for callback in self.settings.callbacks:
+            try:
+                callback(self.record(self))
+            except StopIteration as said:
+                name = getattr(callback, "__name__", type(callback).__name__)
+                why = f": {said}" if str(said) else ""
+                self._stop("interrupted", f"callback {name} ended the fit{why}")
+                return
+
+    # ------------------------------------------------------------------------------------- online
+
+    def _pass_online(self) -> str:
+        """One pass over the batches in a random order, an averaged M-step after each."""
+        problem, settings = self.problem, self.settings
+        self._before = self.state.values()
+        if self.iteration >= settings.max_iter:
+            self.objectives.append(self._expectation()[0])
+            self._look_online()
+            return self.status
+        generator = torch.Generator().manual_seed(
+            derived_seed(settings.seed, f"order{self.iteration}")
+        )
+        total = 0.0
+        for i in torch.randperm(len(problem.batches), generator=generator).tolist():
+            total += self._online_step(problem.batches[i])
+        self.objectives.append(total + float(problem.latents.log_prob()))
+        self.iteration += 1
+        return ""
+
+    def _online_step(self, batch: Batch) -> float:
+        problem = self.problem
+        layout = problem.layout(batch)
+        m_step = problem.plan(batch) if problem.by_data else problem.m_step
+        found = Expectation.of(problem.program, batch, problem.kwargs, layout, self.mode)
+        size = max(math.prod(p.size for p in layout.data_plates), 1)
+        new = m_step.gather(found.terms, m_step.statistics(problem.device))
+        new = new.scaled(problem.num_data / size)
+        rate = (self._step_number + 2.0) ** -0.6
+        if self._averaged is None:
+            self._averaged = new
+        else:
+            old = problem.m_step.recentred(self._averaged.scaled(1 - rate))
+            self._averaged = Statistics.joined([old, new.scaled(rate)])
+        self._step_number += 1
+        problem.m_step.maximise(self._averaged)
+        return float(found.objective)
+
+    def _look_online(self) -> None:
+        objective = self.objectives[-1]
+        if math.isfinite(objective):
+            self._stop("max_steps", f"all {self.settings.max_iter} passes over the data are done")
+        else:
+            self._stop("diverged", f"{self.mode.tracked} is {objective}")
+
+
+def _is_moving(settings: Settings, iteration: int) -> bool:
+    """Whether the temperature moves at this iteration, so that values cannot be compared."""
+    if iteration < 1:
+        return False
+    return settings.mode(iteration) != settings.mode(iteration - 1)

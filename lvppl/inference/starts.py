@@ -1,0 +1,146 @@
+"""Where EM starts: from the program's parameters, or from an assignment of the data to states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvppl.errors import ProgramError
+from lvppl.factor_graph import FactorGraph
+from lvppl.inference.e_step import Expectation
+from lvppl.tracing import is_discrete, plates_of
+
+__all__ = ["INITS", "choose_centres", "start_of"]
+
+INITS = ("model", "kmeans++", "random")
+
+_SOFTNESS = 0.1
+"""Mass that a start leaves to the other states: a count of zero would stay zero for ever."""
+
+
+def start_of(init: str, problem: Any, settings: Any, seed: int) -> None:
+    """Bring the parameters to a start, in place.
+
+    Args:
+        init: one of ``INITS``.
+        problem, settings: of the run.
+        seed: of the choice of centres.
+    """
+    if init == "model":
+        return
+    generator = torch.Generator().manual_seed(seed)
+    statistics = problem.m_step.statistics(problem.device)
+    centres: dict[tuple[int, int], Tensor] = {}
+    hard = settings.mode(0).hard
+    for batch in problem.batches:
+        layout = problem.layout(batch)
+        with torch.no_grad():
+            graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
+        q = _assignments(graph, centres, init, generator, hard)
+        terms = Expectation.clamped(problem.program, batch, problem.kwargs, layout, q)
+        m_step = problem.plan(batch) if problem.by_data else problem.m_step
+        m_step.gather(terms, statistics)
+    problem.m_step.maximise(statistics)
+
+
+def _assignments(
+    graph: FactorGraph,
+    centres: dict[tuple[int, int], Tensor],
+    init: str,
+    generator: torch.Generator,
+    hard: bool,
+) -> dict[str, Tensor]:
+    """For each latent that explains observed vectors, q of its states: (*plates, K)."""
+    features = {name: _features(graph, name) for name in graph.latents}
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, feature in features.items():
+        if feature is not None:
+            states = graph.latents[name]["fn"].enumerate_support(expand=False).shape[0]
+            groups.setdefault((states, feature.shape[-1]), []).append(name)
+    if not groups:
+        raise ProgramError(
+            "init='kmeans++' and 'random' choose centres among observed vectors in the plates of a "
+            "latent, but no observed numeric site depends on a latent in the same plates. Use "
+            "init='model' and start the parameters in the program."
+        )
+    q = {}
+    for key, names in groups.items():
+        rows = torch.cat([features[n].reshape(-1, key[1]) for n in names])  # type: ignore[union-attr]
+        if key not in centres:
+            centres[key] = choose_centres(rows, key[0], init, generator)
+        for name in names:
+            q[name] = _nearest(features[name], centres[key], hard)  # type: ignore[arg-type]
+    return q
+
+
+def _features(graph: FactorGraph, name: str) -> Tensor | None:
+    """The vectors that a latent explains, (*plates, features)."""
+    latent = graph.latents[name]
+    symbol = latent["infer"]["_enumerate_dim"]
+    plates = {plate.name for plate in plates_of(latent)}
+    for site in graph.sites.values():
+        ids = site["infer"].get("_dim_to_id", {})
+        own = latent["infer"]["_dim_to_id"][symbol]
+        if not site["is_observed"] or own not in ids.values() or is_discrete_label(site):
+            continue
+        log_prob = graph.run.log_prob(site)
+        here = {plate.name for plate in plates_of(site)}
+        dims = {v: k for k, v in ids.items()}
+        if log_prob.dim() < -dims[own] or log_prob.shape[dims[own]] == 1 or not plates <= here:
+            continue
+        value = graph.run.by_plates(site["value"], site, site["fn"].event_dim)[0]
+        names = [plate.name for plate in plates_of(site)]
+        front = [i for i, n in enumerate(names) if n in plates]
+        rest = [i for i in range(value.dim()) if i not in front]
+        value = value.permute(front + rest).double()
+        return value.reshape(*value.shape[: len(front)], -1)
+    return None
+
+
+def is_discrete_label(site: Mapping[str, Any]) -> bool:
+    """Whether values are names of classes, whose distance means nothing."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return is_discrete(site) and "Categorical" in type(fn).__name__
+
+
+def choose_centres(rows: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
+    """K of the data: uniformly, or one after another ∝ squared distance to the nearest so far.
+
+    Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
+    """
+    rows = rows[rows.isfinite().all(-1)]
+    if len(rows) < count:
+        raise ProgramError(
+            f"a start needs at least as many data as states: {len(rows)} data came, for {count} "
+            "states. Use fewer states, or init='model'."
+        )
+    if init == "random":
+        return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
+    first = int(torch.randint(len(rows), (1,), generator=generator))
+    chosen = [rows[first]]
+    distance = (rows - chosen[0]).square().sum(-1)
+    for _ in range(count - 1):
+        total = distance.cumsum(0)
+        if float(total[-1]) <= 0:
+            raise ProgramError(
+                f"a start needs {count} different data, but only {len(chosen)} of the {len(rows)} "
+                "rows differ. Use fewer states, or init='model'."
+            )
+        point = torch.rand((), generator=generator, dtype=total.dtype).to(total.device) * total[-1]
+        chosen.append(rows[int(torch.searchsorted(total, point).clamp(max=len(rows) - 1))])
+        distance = torch.minimum(distance, (rows - chosen[-1]).square().sum(-1))
+    return torch.stack(chosen)
+
+
+def _nearest(features: Tensor, centres: Tensor, hard: bool) -> Tensor:
+    """q of each datum's states: nearly all mass at the nearest centre."""
+    features = features.nan_to_num(0.0)
+    distance = torch.cdist(features.reshape(-1, features.shape[-1]), centres)
+    index = distance.argmin(-1).reshape(features.shape[:-1])
+    q = torch.nn.functional.one_hot(index, len(centres)).to(features)
+    return q if hard else (1 - _SOFTNESS) * q + _SOFTNESS / len(centres)
