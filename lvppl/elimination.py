@@ -37,6 +37,7 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 
 __all__ = [
+    "PlatesOverlap",
     "cost",
     "log_max",
     "log_sum_exp",
@@ -200,6 +201,10 @@ def cost(log_factors: Sequence[Tensor], eliminate: Set[str]) -> tuple[int, int]:
 # --------------------------------------------------------------------------- the whole contraction
 
 
+class PlatesOverlap(ProgramError):
+    """Plates do not nest as a tree around sites that depend on each other."""
+
+
 def log_sum_product(
     log_factors: Sequence[Tensor],
     *,
@@ -219,7 +224,7 @@ def log_sum_product(
         reduction: how a variable is taken out.
 
     Raises:
-        ProgramError: the plates do not nest as a tree around the enumerated variables.
+        PlatesOverlap: the plates do not nest as a tree around the enumerated variables.
     """
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for factor in log_factors:
@@ -228,11 +233,7 @@ def log_sum_product(
     try:
         contracted = contract_tensor_tree(tree, set(eliminate) & present, ring=_LogSpace(reduction))
     except NotImplementedError as error:
-        raise ProgramError(
-            "The enumerated sites cannot be summed out at polynomial cost: two plates overlap "
-            "without one lying inside the other around sites that depend on each other. Nest the "
-            f"plates, or give one of the sites a guide. ({error})"
-        ) from error
+        raise PlatesOverlap(error) from error
     return [sum_out(term, plates) for terms in contracted.values() for term in terms]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lvppl.elimination import (
+    PlatesOverlap,
     Reduction,
     cost,
     dims_of,
@@ -102,8 +104,22 @@ class Enumerated:
 
     def log_evidence(self, shape: tuple[int, int]) -> Tensor:
         """ln of the sum over all enumerated values, (particles, data), scales applied."""
-        terms = log_sum_product(self._packed, eliminate=self.eliminate, plates=self.plates)
+        with self._plates_named():
+            terms = log_sum_product(self._packed, eliminate=self.eliminate, plates=self.plates)
         return self._gathered(terms, shape)
+
+    @contextmanager
+    def _plates_named(self) -> Iterator[None]:
+        try:
+            yield
+        except PlatesOverlap as error:
+            names = ", ".join(f"'{n}'" for n, s in self._symbols.items() if s in self.plates)
+            raise ProgramError(
+                "The enumerated sites cannot be summed out at polynomial cost: among the plates "
+                f"{names} two overlap without one lying inside the other, around sites that depend "
+                "on each other. Nest the plates, make one of them a sequential loop, or give one "
+                "of the sites a guide."
+            ) from error
 
     def _gathered(self, terms: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         total = torch.zeros(shape, dtype=terms[0].dtype, device=terms[0].device)
@@ -120,14 +136,15 @@ class Enumerated:
         differentiable: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """``log_evidence`` under a reduction, and its gradient over the dimensions of queries."""
-        terms, answers = solve(
-            self._packed,
-            queries,
-            eliminate=self.eliminate,
-            plates=self.plates,
-            reduction=reduction,
-            differentiable=differentiable,
-        )
+        with self._plates_named():
+            terms, answers = solve(
+                self._packed,
+                queries,
+                eliminate=self.eliminate,
+                plates=self.plates,
+                reduction=reduction,
+                differentiable=differentiable,
+            )
         return self._gathered(terms, shape), answers
 
     def over_factors(self) -> list[Tensor]:
@@ -168,7 +185,10 @@ class Enumerated:
 
     @cached_property
     def _marginals(self) -> dict[str, Tensor]:
-        found = marginals(self._packed, self._asked, eliminate=self.eliminate, plates=self.plates)
+        with self._plates_named():
+            found = marginals(
+                self._packed, self._asked, eliminate=self.eliminate, plates=self.plates
+            )
         return {
             name: marginal.reshape(tensor.shape)
             for (name, (_, tensor)), marginal in zip(self.queries.items(), found, strict=True)

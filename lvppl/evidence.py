@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -124,19 +123,16 @@ class ExactPosterior:
         self._graph = graph
         self._enumerated = graph.enumerated
         self.sites = tuple(graph.latents)
-
-    @property
-    def log_evidence(self) -> LogEvidence:
-        return self._summed[0]
+        # at once: a program that has no posterior is refused here, not at the first question
+        self.log_evidence, self._marginals = self._summed()
 
     def marginals(self, site: str) -> Tensor:
         """p(z = k | y), (*plates, K), the states in the order of the site's support.
 
         For a mixture these are the responsibilities.
         """
-        return self._summed[1][self._known(site)]
+        return self._marginals[self._known(site)]
 
-    @cached_property
     def _summed(self) -> tuple[LogEvidence, dict[str, Tensor]]:
         queries = [self._enumerated.over_sites([site]) for site in self._latents]
         value, answers = self._graph.solve(queries)

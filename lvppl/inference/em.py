@@ -222,8 +222,8 @@ class EM:
             if not state.tensors():
                 raise ProgramError(
                     "The model has no parameter to maximise. Write pyro.param(name, value), a "
-                    "PyroModule with PyroParam, or pyro.module. lvppl.posterior(model, *data) gives "
-                    "the posterior of the latents."
+                    "PyroModule with PyroParam, or pyro.module. The posterior of the latents is "
+                    "lvppl.posterior(model, *data)."
                 )
             store = pyro.get_param_store().get_state()
             return Problem.of(

@@ -13,7 +13,7 @@ from torch import Tensor
 from lvppl.inference.e_step import Expectation, Mode, expected_log_joint, sites_of
 from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.m_step import MStep
-from lvppl.inference.m_step.bindings import Bound, bind
+from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, bind, merged
 from lvppl.inference.m_step.entries import Parameters
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted
@@ -56,29 +56,26 @@ class Problem:
         device: torch.device,
     ) -> Problem:
         parameters = Parameters(tensors, constraints)
+        unplanned: Any = None
         problem = Problem(
             program,
             latents,
             batches,
             kwargs,
             parameters,
-            None,
+            unplanned,
             floor,
             device,
-            False,  # type: ignore
+            False,
         )
-        problem.m_step = problem.plan(batches[0])
-        if len(batches) > 1:
-            shapes = problem._shapes(problem.m_step)
-            again = problem._shapes(problem.plan(batches[-1]))
-            problem.by_data = shapes != again or problem._follow_rows(shapes)
+        problem.m_step = problem.plan()
         return problem
 
     def layout(self, batch: Batch) -> Layout:
         return layout_of(self.program, None, batch, self.kwargs)
 
-    def plan(self, batch: Batch) -> MStep:
-        """The M-step found by probing on a batch."""
+    def bindings(self, batch: Batch) -> dict[Key, Binding]:
+        """What probing on a batch finds."""
         layout = self.layout(batch)
 
         def run() -> list[Weighted]:
@@ -86,21 +83,30 @@ class Problem:
             return [*terms, *self.latents.priors.values()]
 
         with torch.no_grad():
-            bindings = bind(run, self.parameters)
-            terms = sites_of(self.program, batch, self.kwargs, layout)
+            return bind(run, self.parameters)
+
+    def plan(self) -> MStep:
+        """The M-step, found by probing on the first batch, and on all where they may differ."""
+        found = self.bindings(self.batches[0])
+        if len(self.batches) > 1:
+            others = [self.bindings(batch) for batch in self.batches[1:2]]
+            self.by_data = _follow_data([found, *others], self._rows)
+            if self.by_data:
+                others += [self.bindings(batch) for batch in self.batches[2:]]
+                found = merged([found, *others])
+        batch = self.batches[0]
+        terms = sites_of(self.program, batch, self.kwargs, self.layout(batch))
         priors = list(self.latents.priors.values())
-        return MStep(self.parameters, terms, priors, bindings, floor=self.floor)
+        return MStep(self.parameters, terms, priors, found, floor=self.floor)
 
-    @staticmethod
-    def _shapes(m_step: MStep) -> dict[Any, Any]:
-        return {
-            key: b.index.shape if isinstance(b, Bound) else None
-            for key, b in m_step.bindings.items()
-        }
+    def gather(self, batch: Batch, terms: Sequence[Weighted], into: Statistics) -> Statistics:
+        """Add the statistics of a batch's weighted sites."""
+        own = self.bindings(batch) if self.by_data else None
+        return self.m_step.gather(terms, into, own)
 
-    def _follow_rows(self, shapes: Mapping[Any, Any]) -> bool:
-        rows = {plate.size for plate in self.layout(self.batches[0]).data_plates}
-        return any(s is None or rows & set(s) for s in shapes.values())
+    @property
+    def _rows(self) -> set[int]:
+        return {plate.size for plate in self.layout(self.batches[0]).data_plates}
 
     @property
     def num_data(self) -> int:
@@ -206,12 +212,11 @@ class Loop:
         statistics = problem.m_step.statistics(problem.device)
         weights: list[dict[str, Tensor]] = []
         for batch in problem.batches:
-            m_step = problem.plan(batch) if problem.by_data else problem.m_step
             found = Expectation.of(
                 problem.program, batch, problem.kwargs, problem.layout(batch), mode
             )
             total = total + found.objective.to(total.device)
-            m_step.gather(found.terms, statistics)
+            problem.gather(batch, found.terms, statistics)
             if problem.m_step.by_gradient:
                 weights.append({term.name: term.weight for term in found.terms})
         return float(total + problem.latents.log_prob()), statistics, weights
@@ -257,7 +262,7 @@ class Loop:
                     "rounding explains; the parameters before it are kept",
                 )
                 self.objectives.pop()
-            elif per_datum < settings.tol or (settings.tol > 0 and gain <= 0):
+            elif settings.tol > 0 and per_datum < settings.tol:
                 self._stop(
                     "converged",
                     f"iteration {self.iteration} gained {max(per_datum, 0.0):.2g} nats per datum, "
@@ -306,10 +311,9 @@ class Loop:
     def _online_step(self, batch: Batch) -> float:
         problem = self.problem
         layout = problem.layout(batch)
-        m_step = problem.plan(batch) if problem.by_data else problem.m_step
         found = Expectation.of(problem.program, batch, problem.kwargs, layout, self.mode)
         size = max(math.prod(p.size for p in layout.data_plates), 1)
-        new = m_step.gather(found.terms, m_step.statistics(problem.device))
+        new = problem.gather(batch, found.terms, problem.m_step.statistics(problem.device))
         new = new.scaled(problem.num_data / size)
         rate = (self._step_number + 2.0) ** -0.6
         if self._averaged is None:
@@ -327,6 +331,26 @@ class Loop:
             self._stop("max_steps", f"all {self.settings.max_iter} passes over the data are done")
         else:
             self._stop("diverged", f"{self.mode.tracked} is {objective}")
+
+
+def _follow_data(found: Sequence[Mapping[Key, Binding]], rows: set[int]) -> bool:
+    """Whether which entry is which argument depends on the rows of a batch.
+
+    With batches of one row it cannot be seen, and is taken to.
+    """
+    if 1 in rows:
+        return True
+    for binding in found[0].values():
+        if isinstance(binding, Affine) or (
+            isinstance(binding, Bound) and rows & set(binding.index.shape)
+        ):
+            return True
+    return any(
+        type(other.get(key)) is not type(binding)
+        or (isinstance(binding, Bound) and other[key].index.shape != binding.index.shape)  # type: ignore
+        for other in found[1:]
+        for key, binding in found[0].items()
+    )
 
 
 def _is_moving(settings: Settings, iteration: int) -> bool:

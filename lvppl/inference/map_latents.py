@@ -81,9 +81,9 @@ def global_latents(model: Program, args: Any, kwargs: Mapping[str, Any]) -> list
         local = [s for s in observed if {plate.name for plate in plates_of(s)} <= plates]
         if local and plates:
             raise ProgramError(
-                f"Latent '{site['name']}' ({kind_of(site['fn'])}) is continuous and belongs to each "
-                f"datum of '{local[0]['name']}' (both lie in plate '{sorted(plates)[0]}'): EM would "
-                "have to integrate it, and no closed form is known here. Give it a guide: "
+                f"Latent '{site['name']}' ({kind_of(site['fn'])}) is continuous and belongs to "
+                f"each datum of '{local[0]['name']}' (plate '{sorted(plates)[0]}'): EM would have "
+                "to integrate it, and no closed form is known here. Give it a guide: "
                 "lvppl.EM(model, guide), or lvppl.SVI."
             )
         if support_of(site["fn"]) is None:

@@ -41,8 +41,7 @@ def start_of(init: str, problem: Any, settings: Any, seed: int) -> None:
             graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
         q = _assignments(graph, centres, init, generator, hard)
         terms = Expectation.clamped(problem.program, batch, problem.kwargs, layout, q)
-        m_step = problem.plan(batch) if problem.by_data else problem.m_step
-        m_step.gather(terms, statistics)
+        problem.gather(batch, terms, statistics)
     problem.m_step.maximise(statistics)
 
 

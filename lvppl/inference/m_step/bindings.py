@@ -21,7 +21,7 @@ from lvppl.inference.m_step.entries import IMAGES, Image, Parameter, Parameters
 from lvppl.inference.m_step.families import Family, family_of
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
 
-__all__ = ["Affine", "Binding", "Bound", "Unbound", "arguments_of", "bind"]
+__all__ = ["Affine", "Binding", "Bound", "Key", "Unbound", "arguments_of", "bind", "merged"]
 
 Run = Callable[[], Sequence[Weighted]]
 """Runs the program at the present parameters."""
@@ -52,10 +52,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class Affine:
-    """A location that is affine in some entries: its Jacobian, (*argument, entries)."""
+    """A location that is affine in some entries.
+
+    Attributes:
+        entries: which, (entries,).
+        jacobian: (*argument, entries), float64.
+        group: number of the regression that the entries belong to; -1 before it has one.
+    """
 
     entries: Tensor
     jacobian: Tensor
+    group: int = -1
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Unbound:
 
 
 Binding = Bound | Affine | Unbound
+_RANK = {Bound: 0, Affine: 1, Unbound: 2}
 Key = tuple[str, str]
 """Names of a site and of an argument of its distribution."""
 
@@ -101,6 +109,33 @@ def bind(run: Run, parameters: Parameters, *, seed: int = 0) -> dict[Key, Bindin
         found: dict[Key, Binding] = {key: b for key, b in bound.items() if b is not None}
         loose = [key for key in roles if key not in found]
         return found | _loose(loose, run, parameters, roles, points) if loose else found
+
+
+def merged(found: Sequence[Mapping[Key, Binding]]) -> dict[Key, Binding]:
+    """One binding a key that says of several batches what kind it is: the least special one."""
+    result: dict[Key, Binding] = {}
+    for bindings in found:
+        for key, binding in bindings.items():
+            known = result.get(key)
+            if isinstance(known, Unbound) and isinstance(binding, Unbound):
+                result[key] = Unbound(known.parameters | binding.parameters)
+            elif known is None or _RANK[type(binding)] > _RANK[type(known)]:
+                result[key] = binding
+            elif isinstance(known, Bound) and isinstance(binding, Bound):
+                larger = binding.index.numel() > known.index.numel()
+                result[key] = binding if larger else known
+            elif isinstance(known, Affine) and isinstance(binding, Affine):
+                entries = torch.cat([known.entries, binding.entries]).unique()
+                result[key] = (
+                    known if len(entries) == len(known.entries) else _widened(known, entries)
+                )
+    return result
+
+
+def _widened(affine: Affine, entries: Tensor) -> Affine:
+    wide = torch.zeros((*affine.jacobian.shape[:-1], len(entries)), dtype=torch.float64)
+    wide[..., torch.searchsorted(entries, affine.entries)] = affine.jacobian.cpu()
+    return Affine(entries, wide.to(affine.jacobian.device))
 
 
 def _arguments(terms: Sequence[Weighted], roles: dict[Key, str]) -> Iterator[tuple[Key, Tensor]]:

@@ -13,7 +13,8 @@ from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, Unbound
 from lvppl.inference.m_step.cells import Cells
 from lvppl.inference.m_step.entries import IMAGES, Image, Parameter, Parameters
 from lvppl.inference.m_step.families import family_of
-from lvppl.inference.m_step.priors import add_prior, is_conjugate
+from lvppl.inference.m_step.priors import add_prior, add_regression_prior, is_conjugate
+from lvppl.inference.m_step.regressions import groups_of, regrouped
 from lvppl.inference.m_step.statistics import Statistics, gather
 from lvppl.inference.m_step.weighted import Weighted, peel
 
@@ -123,16 +124,13 @@ class MStep:
             for term in [*terms, *priors]
             for name, role in getattr(family_of(peel(term).base), "roles", {}).items()
         }
+        self._groups = groups_of(self.bindings, self._roles, parameters)
+        self.bindings = self._in_groups(self.bindings)
+        self._group_of = {n: i for i, group in enumerate(self._groups) for n in group.names}
         self._uses = self._all_uses()
-        self._affine = {
-            self._names[int(self._owners[e])]: key
-            for key, b in self.bindings.items()
-            if isinstance(b, Affine)
-            for e in b.entries
-        }
         self._steps = {name: self._step(name) for name in parameters}
         self._spread = self._data_spread(terms)
-        self._forget_the_unsolved()
+        self.bindings = self._without_loose(self.bindings)
 
     # ----------------------------------------------------------------------------------- choosing
 
@@ -163,7 +161,7 @@ class MStep:
         ]
         loose = [key for key in loose if key[0] != name]
         sites = tuple(dict.fromkeys([use.site for use in uses] + [key[0] for key in loose]))
-        if name in self._affine:
+        if name in self._group_of:
             return self._regression_step(name, uses, loose)
         why = self._why_not(name, uses, loose)
         if not uses and not loose and name not in self.priors:
@@ -177,33 +175,53 @@ class MStep:
             formula += f", with its {type(peel(self.priors[name]).base).__name__} prior"
         return Step(name, how, formula, sites)
 
+    def _in_groups(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
+        return regrouped(bindings, self._roles, self._groups, self.parameters)
+
     def _regression_step(self, name: str, uses: Sequence[_Use], loose: Sequence[Key]) -> Step:
-        keys = {key for n, key in self._affine.items() if n == name}
-        every = [
-            key
-            for key, b in self.bindings.items()
-            if isinstance(b, Affine)
-            and name in {self._names[int(self._owners[e])] for e in b.entries}
+        number = self._group_of[name]
+        keys = [
+            key for key, b in self.bindings.items() if isinstance(b, Affine) and b.group == number
         ]
-        sites = tuple(dict.fromkeys([key[0] for key in every] + [use.site for use in uses]))
-        if uses or loose or len(every) > 1 or name in self.priors:
-            why = "stands in several regressions, or has a prior"
+        sites = tuple(dict.fromkeys([key[0] for key in keys] + [use.site for use in uses]))
+        why = ""
+        for other in self._groups[number].names:
+            prior = self.priors.get(other)
+            if self._uses[other] or any(
+                isinstance(b, Unbound) and other in b.parameters and key[0] != other
+                for key, b in self.bindings.items()
+            ):
+                why = f"'{other}' does not stand in regressions alone"
+            elif prior is not None and not self._normal_prior(prior):
+                why = f"the prior of '{other}' is not a Normal"
+        if any((key[0], "scale_tril") in self._roles for key in keys):
+            why = "a regression of a MultivariateNormal"
+        if why:
             return Step(name, "gradient", "L-BFGS on Q", sites, why)
-        scale = self.bindings.get((next(iter(keys))[0], "scale"))
-        single = isinstance(scale, Bound) and len(scale.index.unique()) == 1
-        how = "closed form" if single or self._separates(every[0]) else "conditional"
+        how = "closed form" if self._separates(keys) else "conditional"
         return Step(name, how, _FORMULA["regression"], sites)
 
-    def _separates(self, key: Key) -> bool:
-        """Whether every coefficient of a regression stands under one scale alone."""
-        binding, scale = self.bindings[key], self.bindings.get((key[0], "scale"))
-        if not isinstance(binding, Affine) or not isinstance(scale, Bound):
-            return False
-        used = binding.jacobian != 0
-        index = scale.index.expand(used.shape[:-1]) if scale.index.dim() <= used.dim() - 1 else None
-        if index is None:
-            return False
-        return all(len(index[used[..., column]].unique()) <= 1 for column in range(used.shape[-1]))
+    def _normal_prior(self, prior: Weighted) -> bool:
+        image = IMAGES["location"][0]
+        return is_conjugate(prior, "location", image, self.bindings) and not isinstance(
+            self.bindings.get((prior.name, "scale_tril")), Bound
+        )
+
+    def _separates(self, keys: Sequence[Key]) -> bool:
+        """Whether each coefficient stands under one scale alone, which then cancels."""
+        met: dict[int, set[tuple[int, float]]] = {}
+        for key in keys:
+            binding, scale = self.bindings[key], self.bindings.get((key[0], "scale"))
+            if not isinstance(binding, Affine) or not isinstance(scale, Bound):
+                return False
+            used = binding.jacobian != 0
+            full = torch.broadcast_shapes(scale.index.shape, used.shape[:-1])
+            index = torch.stack([scale.index.double(), scale.coefficient], -1).expand((*full, 2))
+            used = used.expand((*full, used.shape[-1]))
+            for column in range(used.shape[-1]):
+                pairs = torch.unique(index[used[..., column]].reshape(-1, 2), dim=0).tolist()
+                met.setdefault(column, set()).update((int(a), b) for a, b in pairs)
+        return all(len(pairs) <= 1 for pairs in met.values())
 
     def _why_not(self, name: str, uses: Sequence[_Use], loose: Sequence[Key]) -> str:
         if loose:
@@ -245,6 +263,8 @@ class MStep:
             )
         if role == "rate":
             return any((use.site, "concentration") in self._roles for use in uses)
+        if role in ("scale", "cholesky"):
+            return any(isinstance(self.bindings.get((use.site, "loc")), Unbound) for use in uses)
         return role == "concentration"
 
     def _scale_of(self, use: _Use) -> str:
@@ -278,24 +298,24 @@ class MStep:
         pairs = torch.unique(met[entry >= 0], dim=0)
         return len(pairs) == len(pairs[:, 0].unique())
 
-    def _forget_the_unsolved(self) -> None:
+    def _without_loose(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
         """Arguments of parameters that go by gradient are constants to the others."""
-        loose = set(self.by_gradient)
-        for key, binding in self.bindings.items():
+        loose = frozenset(self.by_gradient)
+        numbers = torch.tensor([self._names.index(n) for n in loose], dtype=torch.long)
+        result = dict(bindings)
+        for key, binding in bindings.items():
             if isinstance(binding, Affine):
-                names = {self._names[int(self._owners[e])] for e in binding.entries}
-                if names & loose:
-                    self.bindings[key] = Unbound(frozenset(names))
-            if not isinstance(binding, Bound) or binding.image is None:
-                continue
-            owner = self._owners[binding.index.clamp(min=0)]
-            numbers = torch.tensor([self._names.index(n) for n in loose], dtype=torch.long)
-            free = torch.isin(owner, numbers) | (binding.index < 0)
-            if bool(free.all()):
-                self.bindings[key] = Unbound(frozenset(loose))
-            elif bool((torch.isin(owner, numbers) & (binding.index >= 0)).any()):
-                index = torch.where(free, -1, binding.index)
-                self.bindings[key] = Bound(index, binding.coefficient, binding.image)
+                if loose & set(self._groups[binding.group].names):
+                    result[key] = Unbound(loose)
+            elif isinstance(binding, Bound) and binding.image is not None:
+                owner = self._owners[binding.index.clamp(min=0)]
+                free = torch.isin(owner, numbers) & (binding.index >= 0)
+                if bool((free | (binding.index < 0)).all()):
+                    result[key] = Unbound(loose)
+                elif bool(free.any()):
+                    index = torch.where(free, -1, binding.index)
+                    result[key] = Bound(index, binding.coefficient, binding.image)
+        return result
 
     def _data_spread(self, terms: Sequence[Weighted]) -> dict[str, float]:
         """Variance of the observed values, by site: what the floor is relative to."""
@@ -314,8 +334,22 @@ class MStep:
     def statistics(self, device: torch.device) -> Statistics:
         return Statistics(self.parameters.num_entries, device)
 
-    def gather(self, terms: Sequence[Weighted], into: Statistics) -> Statistics:
-        return gather(terms, self.bindings, into)
+    def gather(
+        self,
+        terms: Sequence[Weighted],
+        into: Statistics,
+        bindings: Mapping[Key, Binding] | None = None,
+    ) -> Statistics:
+        """Add the statistics of weighted sites.
+
+        Args:
+            bindings: those of this batch, where they depend on the data.
+        """
+        return gather(terms, self.bindings if bindings is None else self.settled(bindings), into)
+
+    def settled(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
+        """Bindings of another batch, as this plan uses them."""
+        return self._without_loose(self._in_groups(bindings))
 
     def recentred(self, statistics: Statistics) -> Statistics:
         """The same statistics about the present locations (moments are kept about a centre)."""
@@ -369,8 +403,15 @@ class MStep:
     def _of_priors(self, device: torch.device) -> Statistics:
         total = self.statistics(device)
         for name, term in self.priors.items():
-            if self._steps[name].how in ("closed form", "conditional"):
-                use, parameter = self._uses[name][0], self.parameters[name]
+            if self._steps[name].how not in ("closed form", "conditional"):
+                continue
+            parameter = self.parameters[name]
+            if name in self._group_of:
+                number = self._group_of[name]
+                entries = self._groups[number].entries
+                add_regression_prior(term, number, entries, parameter, self.bindings, total)
+            else:
+                use = self._uses[name][0]
                 add_prior(term, use.role, use.image, parameter, self.bindings, total)
         return total
 
@@ -422,7 +463,7 @@ class MStep:
             if form == "normal":
                 self._normals(cells, total)
             elif form.startswith("regression"):
-                self._regression(cells, total)
+                self._regression(int(form.split()[1]), cells, total)
             elif form.startswith("mvn"):
                 self._mvns(cells, int(form.split()[1]))
         for name in self._with("scale"):
@@ -439,29 +480,25 @@ class MStep:
     def _normals(self, cells: Cells, total: Statistics) -> None:
         step = forms.locations(cells, self.parameters.num_entries)
         for name in self._with("location"):
-            self._shift(name, step)
+            if self._family(self._uses[name][0].site) == "Normal":
+                self._moved_by(name, step)
         forms.scale_totals(forms.moved(cells, step), total)
 
-    def _shift(self, name: str, step: Tensor) -> None:
-        parameter = self.parameters[name]
-        if self._family(self._uses[name][0].site) == "MultivariateNormal":
-            return
-        mine = step[parameter.offset : parameter.offset + parameter.size]
-        value = parameter.value
-        parameter.set(value.double() + mine.nan_to_num(0.0).reshape(value.shape).to(value.device))
-
-    def _regression(self, cells: Cells, total: Statistics) -> None:
-        entries = cells.keys[0, 1:]
+    def _regression(self, number: int, cells: Cells, total: Statistics) -> None:
+        group = self._groups[number]
         step, cells = forms.regression(cells)
         by_entry = torch.zeros(self.parameters.num_entries, dtype=torch.float64, device=step.device)
-        by_entry[entries] = step
-        for name in {self._names[int(self._owners[e])] for e in entries.cpu()}:
-            parameter = self.parameters[name]
-            mine = by_entry[parameter.offset : parameter.offset + parameter.size]
-            value = parameter.value
-            parameter.set(value.double() + mine.reshape(value.shape).to(value.device))
-        keyed = Cells(cells.keys[:, :1], cells.reference, cells.values)
-        forms.scale_totals(keyed, total)
+        by_entry[group.entries.to(step.device)] = step
+        for name in group.names:
+            self._moved_by(name, by_entry)
+        forms.scale_totals(cells, total)
+
+    def _moved_by(self, name: str, step: Tensor) -> None:
+        """Add to a location its part of a step; NaN where nothing is known."""
+        parameter = self.parameters[name]
+        mine = step[parameter.offset : parameter.offset + parameter.size].nan_to_num(0.0)
+        value = parameter.value
+        parameter.set(value.double() + mine.reshape(value.shape).to(value.device))
 
     def _mvns(self, cells: Cells, dim: int) -> None:
         rows, steps = forms.mvn_locations(cells, dim)
@@ -471,13 +508,8 @@ class MStep:
         keep = rows >= 0
         by_entry[rows[keep]] = steps[keep]
         for name in self._with("location"):
-            parameter = self.parameters[name]
             if self._family(self._uses[name][0].site) == "MultivariateNormal":
-                mine = by_entry[parameter.offset : parameter.offset + parameter.size]
-                value = parameter.value
-                parameter.set(
-                    value.double() + mine.nan_to_num(0.0).reshape(value.shape).to(value.device)
-                )
+                self._moved_by(name, by_entry)
         cells = forms.mvn_moved(cells, rows, steps, dim)
         patterns, n, second = forms.mvn_covariances(cells, dim)
         for name in self._with("cholesky"):

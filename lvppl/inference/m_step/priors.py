@@ -20,7 +20,7 @@ from lvppl.inference.m_step.entries import Image, Parameter
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel
 
-__all__ = ["add_prior", "is_conjugate"]
+__all__ = ["add_prior", "add_regression_prior", "is_conjugate"]
 
 
 def is_conjugate(term: Weighted, role: str, image: Image, bindings: Mapping[Key, Binding]) -> bool:
@@ -51,6 +51,47 @@ def add_prior(
     weight = peeled.weight.double()
     _ADD[type(peeled.base).__name__, role, image.name](
         peeled.base, weight, index, bindings, into, term
+    )
+
+
+def add_regression_prior(
+    term: Weighted,
+    group: int,
+    entries: Tensor,
+    parameter: Parameter,
+    bindings: Mapping[Key, Binding],
+    into: Statistics,
+) -> None:
+    """A Normal prior of regression coefficients: the datum m, seen once through the identity."""
+    peeled = peel(term)
+    scale = bindings[term.name, "scale"]
+    assert isinstance(scale, Bound)
+    shape, device = term.value.shape, into.device
+    count, P = term.value.numel(), len(entries)
+
+    def flat(value: Tensor) -> Tensor:
+        return value.detach().to(device, torch.float64).expand(shape).reshape(count)
+
+    residual, weight = flat(peeled.base.loc - term.value), flat(peeled.weight)
+    column = torch.searchsorted(
+        entries.to(device), torch.arange(count, device=device) + parameter.offset
+    )
+    gradient = torch.zeros((count, P), dtype=torch.float64, device=device)
+    gradient[torch.arange(count, device=device), column] = weight * residual
+    gram = torch.zeros((count, P, P), dtype=torch.float64, device=device)
+    gram[torch.arange(count, device=device), column, column] = weight
+    into.add_cells(
+        f"regression {group}",
+        Cells(
+            scale.index.to(device).expand(shape).reshape(count, 1),
+            {"scale": flat(peeled.base.scale), "scale_coefficient": flat(scale.coefficient)},
+            {
+                "n": weight,
+                "second": weight * residual**2,
+                "gradient": gradient,
+                "gram": gram,
+            },
+        ),
     )
 
 

@@ -26,7 +26,7 @@ class Statistics:
         by_entry: statistics of one entry each, (entries,) float64, by name: ``count`` (simplex),
             ``success`` and ``failure`` (probability), ``power`` N and ``slope`` S of N ln θ − S θ
             (rate).
-        cells: of combinations, by form: ``normal``, ``mvn D``, ``gamma``, ``regression``.
+        cells: of combinations, by form: ``normal``, ``mvn D``, ``gamma``, ``regression G``.
     """
 
     num_entries: int
@@ -246,7 +246,6 @@ def _regression(
     J = affine.jacobian.to(value.device)
     residual = (value - loc).double()
     full = torch.broadcast_shapes(weight.shape, residual.shape, scale.shape)
-    entries = affine.entries.to(value.device)
     cell = torch.arange(scale.numel(), device=value.device).reshape(scale.shape)
     cell = cell.expand(full).flatten()
     w = weight.double().expand(full).flatten()
@@ -261,13 +260,10 @@ def _regression(
     gram = torch.stack(
         [(J[cell == c] * w[cell == c, None]).mT @ J[cell == c] for c in range(count)]
     )
-    keys = torch.cat(
-        [_keys([bound["scale"]], scale.shape, value.device), entries.expand(count, -1)], 1
-    )
     into.add_cells(
-        f"regression {'-'.join(map(str, entries.tolist()))}",
+        f"regression {affine.group}",
         Cells(
-            keys,
+            _keys([bound["scale"]], scale.shape, value.device),
             {
                 "scale": _flat(scale, scale.shape),
                 "scale_coefficient": _coefficient(bound["scale"], scale.shape, value.device),
