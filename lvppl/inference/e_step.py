@@ -26,7 +26,7 @@ from lvppl.inference.m_step.weighted import Weighted
 from lvppl.layout import Layout
 from lvppl.tracing import sample_sites, trace_pair
 
-__all__ = ["Expectation", "Mode", "expected_log_joint", "sites_of"]
+__all__ = ["Expectation", "Mode", "expected_log_joint", "sites_of", "traced_sites"]
 
 Program = Callable[..., Any]
 
@@ -131,14 +131,21 @@ def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weigh
     return terms
 
 
+def traced_sites(
+    program: Program, args: Any, kwargs: Mapping[str, Any], layout: Layout
+) -> list[Any]:
+    """The sample sites of one run under enumeration, as Pyro records them."""
+    trace, _ = trace_pair(program, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True)
+    return sample_sites(trace)
+
+
 def sites_of(
     program: Program, args: Any, kwargs: Mapping[str, Any], layout: Layout
 ) -> list[Weighted]:
-    """The sites of one run under enumeration, without a posterior: all weights are one."""
-    trace, _ = trace_pair(program, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True)
+    """The sites of Q without a posterior: all weights are one."""
     return [
         Weighted(site["name"], site["fn"], site["value"], torch.ones(()))
-        for site in sample_sites(trace)
+        for site in traced_sites(program, args, kwargs, layout)
     ]
 
 

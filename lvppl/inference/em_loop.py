@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvppl.inference.e_step import Expectation, Mode, expected_log_joint, sites_of
+from lvppl.inference.e_step import (
+    Expectation,
+    Mode,
+    expected_log_joint,
+    sites_of,
+    traced_sites,
+)
+from lvppl.inference.fast_mixture import FastMixture
 from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.m_step import MStep
 from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, bind, merged
@@ -40,7 +47,8 @@ class Problem:
     m_step: MStep
     floor: float
     device: torch.device
-    by_data: bool
+    kernels: dict[Any, FastMixture | None] = field(default_factory=dict)
+    by_data: bool = False
     """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
 
     @staticmethod
@@ -66,7 +74,6 @@ class Problem:
             unplanned,
             floor,
             device,
-            False,
         )
         problem.m_step = problem.plan()
         return problem
@@ -103,6 +110,18 @@ class Problem:
         """Add the statistics of a batch's weighted sites."""
         own = self.bindings(batch) if self.by_data else None
         return self.m_step.gather(terms, into, own)
+
+    def fast(self, batch: Batch, mode: Mode, into: Statistics) -> Tensor | None:
+        """The E-step by a kernel made for the kind of program; ``None`` where there is none."""
+        if self.by_data or self.m_step.by_gradient:
+            return None
+        layout = self.layout(batch)
+        sites = traced_sites(self.program, batch, self.kwargs, layout)
+        key = (id(batch), mode.hard)
+        if key not in self.kernels:
+            self.kernels[key] = FastMixture.of(sites, layout, self.m_step.bindings, mode)
+        kernel = self.kernels[key]
+        return None if kernel is None else kernel(sites, layout, mode, into)
 
     @property
     def _rows(self) -> set[int]:
@@ -212,13 +231,16 @@ class Loop:
         statistics = problem.m_step.statistics(problem.device)
         weights: list[dict[str, Tensor]] = []
         for batch in problem.batches:
-            found = Expectation.of(
-                problem.program, batch, problem.kwargs, problem.layout(batch), mode
-            )
-            total = total + found.objective.to(total.device)
-            problem.gather(batch, found.terms, statistics)
-            if problem.m_step.by_gradient:
-                weights.append({term.name: term.weight for term in found.terms})
+            objective = problem.fast(batch, mode, statistics)
+            if objective is None:
+                found = Expectation.of(
+                    problem.program, batch, problem.kwargs, problem.layout(batch), mode
+                )
+                objective = found.objective
+                problem.gather(batch, found.terms, statistics)
+                if problem.m_step.by_gradient:
+                    weights.append({term.name: term.weight for term in found.terms})
+            total = total + objective.to(total.device)
         return float(total + problem.latents.log_prob()), statistics, weights
 
     def _maximise(self, statistics: Statistics, weights: Sequence[dict[str, Tensor]]) -> None:
@@ -311,9 +333,13 @@ class Loop:
     def _online_step(self, batch: Batch) -> float:
         problem = self.problem
         layout = problem.layout(batch)
-        found = Expectation.of(problem.program, batch, problem.kwargs, layout, self.mode)
         size = max(math.prod(p.size for p in layout.data_plates), 1)
-        new = problem.gather(batch, found.terms, problem.m_step.statistics(problem.device))
+        new = problem.m_step.statistics(problem.device)
+        objective = problem.fast(batch, self.mode, new)
+        if objective is None:
+            found = Expectation.of(problem.program, batch, problem.kwargs, layout, self.mode)
+            problem.gather(batch, found.terms, new)
+            objective = found.objective
         new = new.scaled(problem.num_data / size)
         rate = (self._step_number + 2.0) ** -0.6
         if self._averaged is None:
@@ -323,7 +349,7 @@ class Loop:
             self._averaged = Statistics.joined([old, new.scaled(rate)])
         self._step_number += 1
         problem.m_step.maximise(self._averaged)
-        return float(found.objective)
+        return float(objective)
 
     def _look_online(self) -> None:
         objective = self.objectives[-1]
