@@ -24,94 +24,24 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.packed import broadcast_all
 from pyro.ops.rings import LogRing
-from pyro.ops.special import safe_log
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.packed import Reduction, dims_of, log_sum_exp, named, product, sizes_of, sum_out
+from lvppl.paths import scanned
 
 __all__ = [
     "PlatesOverlap",
     "cost",
-    "log_max",
-    "log_sum_exp",
-    "log_sum_exp_sampled",
     "log_sum_product",
     "marginals",
-    "named",
     "solve",
 ]
-
-Reduction = Callable[[Tensor, int], Tensor]
-"""Takes one variable out of a log-table: (tensor, dimension) -> tensor without it."""
-
-
-def named(tensor: Tensor, dims: str) -> Tensor:
-    """``tensor`` as a packed tensor whose dimensions are called ``dims``."""
-    tensor = tensor[...]  # a view of its own to carry the attribute
-    tensor._pyro_dims = dims  # type: ignore[attr-defined]
-    return tensor
-
-
-def dims_of(tensor: Tensor) -> str:
-    dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
-    return dims
-
-
-def sum_out(tensor: Tensor, symbols: Set[str]) -> Tensor:
-    """Sum a packed tensor over the ``symbols`` it has."""
-    dims = dims_of(tensor)
-    positions = [i for i, symbol in enumerate(dims) if symbol in symbols]
-    if not positions:
-        return tensor
-    return named(tensor.sum(positions), "".join(s for s in dims if s not in symbols))
-
-
-# ------------------------------------------------------------------------- taking a variable out
-
-
-def log_sum_exp(tensor: Tensor, dim: int) -> Tensor:
-    """ln Σ exp over one dimension, with zero gradient where everything is impossible."""
-    top = tensor.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(tensor.dtype).min)
-    return safe_log((tensor - top).exp().sum(dim)) + top.squeeze(dim)
-
-
-def log_max(tensor: Tensor, dim: int) -> Tensor:
-    """The maximum over one dimension; its gradient goes to the first of several maxima."""
-    best = tensor.detach().argmax(dim, keepdim=True)
-    return tensor.gather(dim, best).squeeze(dim)
-
-
-def log_sum_exp_sampled(tensor: Tensor, dim: int) -> Tensor:
-    """ln Σ exp over one dimension, whose gradient goes to one state drawn with p ∝ exp.
-
-    Elimination followed by its gradient is then forward filtering, backward sampling.
-    """
-    result: Tensor = _Sampled.apply(tensor, dim)
-    return result
-
-
-class _Sampled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(tensor)
-        ctx.dim = dim
-        return log_sum_exp(tensor, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (tensor,) = ctx.saved_tensors
-        # Gumbel's maximum is a draw from the softmax
-        noise = torch.empty_like(tensor).exponential_().log_().neg_()
-        drawn = (tensor + noise).argmax(ctx.dim, keepdim=True)
-        zeros = torch.zeros_like(tensor)
-        return zeros.scatter_(ctx.dim, drawn, grads[0].unsqueeze(ctx.dim)), None
 
 
 class _LogSpace(LogRing):
@@ -126,28 +56,18 @@ class _LogSpace(LogRing):
         self.reduction = reduction
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Set[str]) -> Tensor:
+        terms = scanned(terms, dims, self.reduction, self._eliminated)
+        return self._eliminated(terms, dims)
+
+    def _eliminated(self, terms: Sequence[Tensor], dims: Set[str]) -> Tensor:
         held = dict(enumerate(terms))
-        order = _order([dims_of(term) for term in terms], _sizes(terms), dims)
+        order = _order([dims_of(term) for term in terms], sizes_of(terms), dims)
         for number, (symbol, bucket, _) in enumerate(order, len(terms)):
-            table = _product([held.pop(i) for i in sorted(bucket)])
+            table = product([held.pop(i) for i in sorted(bucket)])
             names = dims_of(table)
             reduced = self.reduction(table, names.index(symbol))
             held[number] = named(reduced, names.replace(symbol, ""))
-        return _product(list(held.values()))
-
-
-def _product(terms: Sequence[Tensor]) -> Tensor:
-    if len(terms) == 1:
-        return terms[0]
-    aligned = broadcast_all(*terms)
-    total = aligned[0]
-    for term in aligned[1:]:
-        total = total + term
-    return named(total, dims_of(aligned[0]))
-
-
-def _sizes(terms: Sequence[Tensor]) -> dict[str, int]:
-    return {s: n for term in terms for s, n in zip(dims_of(term), term.shape, strict=True)}
+        return product(list(held.values()))
 
 
 def _order(
@@ -193,7 +113,7 @@ def _order(
 def cost(log_factors: Sequence[Tensor], eliminate: Set[str]) -> tuple[int, int]:
     """Terms that elimination adds up in all, and the largest table; plates counted in full."""
     tables = [
-        n for *_, n in _order(list(map(dims_of, log_factors)), _sizes(log_factors), eliminate)
+        n for *_, n in _order(list(map(dims_of, log_factors)), sizes_of(log_factors), eliminate)
     ]
     return sum(tables), max(tables, default=0)
 

@@ -12,20 +12,10 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from lvppl.elimination import (
-    PlatesOverlap,
-    Reduction,
-    cost,
-    dims_of,
-    log_sum_exp,
-    log_sum_product,
-    marginals,
-    named,
-    solve,
-    sum_out,
-)
+from lvppl.elimination import PlatesOverlap, cost, log_sum_product, marginals, solve
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
+from lvppl.packed import Reduction, dims_of, log_sum_exp, named, sum_out
 from lvppl.tracing import PARTICLES, Plate, plate_scale, plates_of
 
 __all__ = ["Enumerated", "num_states", "user_scale"]

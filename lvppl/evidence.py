@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvppl.elimination import log_max, log_sum_exp_sampled
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph, graph_of
+from lvppl.packed import log_max, log_sum_exp_sampled
 from lvppl.seeding import seeded
 from lvppl.tracing import plates_of
 

@@ -12,10 +12,10 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvppl.elimination import Reduction, log_sum_exp
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
+from lvppl.packed import Reduction, log_sum_exp
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, kind_of, plates_of
 
@@ -199,7 +199,8 @@ class NothingLarge(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if tensors:
+        # a product of sizes is at least the size of the broadcast, which takes longer to find
+        if math.prod(t.numel() for t in tensors) > self.most_elements:
             try:
                 numel = math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
             except RuntimeError:  # not an element-wise operation

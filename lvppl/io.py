@@ -13,6 +13,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,17 +22,20 @@ from zipfile import BadZipFile
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.inference.em_fit import EMFit, EMHistory, Restart
 from lvppl.inference.fit import Fit, History, moved
+from lvppl.inference.m_step import MStepTable, Step
+from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.state import FitState, modules_of, require_same
-from lvppl.inference.svi import first_run
 from lvppl.inference.training import Evaluation
 from lvppl.objectives import ELBO
 from lvppl.seeding import seeded
 from lvppl.terms import trace_terms
-from lvppl.tracing import undisturbed
+from lvppl.tracing import trace_pair, undisturbed
 
 __all__ = ["load", "save"]
 
@@ -76,6 +80,9 @@ def save(fit: Fit, folder: str | PathLike[str]) -> None:
     }
     shapes = {name: list(value.shape) for name, value in params.items()}
     readable = {**record, "objective": type(fit.objective).__name__, "parameters": shapes}
+    if isinstance(fit, EMFit):
+        content["em"] = _of_em(fit)
+        readable |= _readable_of_em(fit)
     arrays: dict[str, Any] = dict(fit.history)
     _replace(folder / "history.npz", lambda file: np.savez(file, **arrays))
     text = json.dumps(readable, indent=2) + "\n"
@@ -86,7 +93,7 @@ def save(fit: Fit, folder: str | PathLike[str]) -> None:
 def load(
     folder: str | PathLike[str],
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
     *,
     objective: Any = None,
     device: str | torch.device | None = None,
@@ -94,14 +101,20 @@ def load(
     """Read a fit that :func:`save` wrote, for the model and the guide that it is a fit of.
 
     The parameters are put into the modules of the program, and ``SVI.fit(..., resume=fit)`` goes
-    on from it.
+    on from a fit by SVI.
 
+    :param guide: of a fit by :class:`lvppl.SVI`; None for one by :class:`lvppl.EM`, which comes
+        back as :class:`lvppl.EMFit`.
     :param objective: what ``fit.report`` uses; default ``lvppl.ELBO()``.
     :param device: where modules and tensors go; default where the modules are, else the CPU.
-    :raises ProgramError: if there is no such file, if it is truncated or not one of lvppl's, or if
-        the program makes other parameters or sites: which, and how they differ.
+    :raises ProgramError: if there is no such file, if it is truncated or not one of lvppl's, if
+        the program makes other parameters or sites: which, and how they differ; or if there is a
+        guide for a fit that has none, and the reverse.
     """
     content = _read(Path(folder) / "fit.pt")
+    em = content.get("em")
+    _check_pair(folder, em is not None, guide, objective)
+    program = model if em is None else MapLatents(content["settings"]["map_latents"])(model)
     modules = modules_of(model, guide)
     where = None if device is None else torch.device(device)
     state = FitState(where)
@@ -117,7 +130,8 @@ def load(
     params = content["params"]
     with state.active(), seeded(0), state.discovering(), state.buffers_preserved():
         try:
-            first_run(model, guide, args, kwargs)
+            with torch.no_grad(), poutine.block():
+                trace_pair(program, guide, args, kwargs)
         except Exception as error:
             raise ProgramError(
                 f"the program does not run on the first rows of the data in {folder}: {error}. "
@@ -130,21 +144,60 @@ def load(
     state.finish((params, content["buffers"]))
     with state.active(), undisturbed():
         # Sites that do not fit each other, such as those of a guide in the model's place.
-        trace_terms(model, guide, args, kwargs, strict=content["settings"].get("strict", True))
+        trace_terms(program, guide, args, kwargs, strict=content["settings"].get("strict", True))
     checkpoint = content["checkpoint"]
-    return Fit(
-        model=model,
-        guide=guide,
-        objective=ELBO() if objective is None else objective,
-        history=History(
-            content["losses"], [Evaluation(**entry) for entry in content["evaluations"]]
-        ),
-        state=state,
-        prototype=(args, kwargs),
-        own_params=own,
-        checkpoint=lambda: checkpoint,
+    common: dict[str, Any] = {
+        "model": model,
+        "guide": guide,
+        "state": state,
+        "prototype": (args, kwargs),
+        "own_params": own,
+        "checkpoint": lambda: checkpoint,
         **{name: content[name] for name in _RECORD},
+    }
+    if em is not None:
+        return EMFit(
+            objective=None,
+            history=EMHistory((-content["losses"]).tolist()),
+            tracked=em["tracked"],
+            m_step=MStepTable([Step(**row) for row in em["m_step"]]),
+            restarts=tuple(Restart(**moved(one, where)) for one in em["restarts"]),
+            **common,
+        )
+    evaluations = [Evaluation(**entry) for entry in content["evaluations"]]
+    return Fit(
+        objective=ELBO() if objective is None else objective,
+        history=History(content["losses"], evaluations),
+        **common,
     )
+
+
+def _check_pair(folder: str | PathLike[str], is_em: bool, guide: Any, objective: Any) -> None:
+    if is_em and (guide is not None or objective is not None):
+        given = "a guide" if guide is not None else "an objective"
+        raise ProgramError(
+            f"the fit in {folder} is one by lvppl.EM, whose posterior is exact, but {given} came. "
+            "Leave it out: lvppl.load(folder, model)."
+        )
+    if not is_em and guide is None:
+        raise ProgramError(
+            f"the fit in {folder} is one by lvppl.SVI, but no guide came. Give the guide that it "
+            "is a fit of: lvppl.load(folder, model, guide)."
+        )
+
+
+def _of_em(fit: EMFit) -> dict[str, Any]:
+    """What an EM fit has besides, as tensors and plain values."""
+    return {
+        "tracked": fit.tracked,
+        "m_step": [asdict(step) for step in fit.m_step.values()],
+        "restarts": [dict(vars(restart)) for restart in fit.restarts],
+    }
+
+
+def _readable_of_em(fit: EMFit) -> dict[str, Any]:
+    restarts = [{k: v for k, v in vars(r).items() if k != "params"} for r in fit.restarts]
+    return {**_of_em(fit), "restarts": restarts, "objective": fit.tracked}
 
 
 def _read(path: Path) -> dict[str, Any]:

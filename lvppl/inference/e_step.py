@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvppl.elimination import dims_of, log_max, log_sum_exp, named
 from lvppl.elimination import solve as solve_factors
 from lvppl.enumerated import num_states
 from lvppl.factor_graph import FactorGraph
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.layout import Layout
+from lvppl.packed import dims_of, log_max, log_sum_exp, named
 from lvppl.tracing import sample_sites, trace_pair
 
 __all__ = ["Expectation", "Mode", "expected_log_joint", "sites_of", "traced_sites"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from lvppl.inference.state import FitState
 if TYPE_CHECKING:
     from lvppl.evidence import ExactPosterior, LogEvidence
     from lvppl.inference.em_loop import Loop, Problem, Settings
+    from lvppl.inference.likelihood import LikelihoodEstimate
+    from lvppl.inference.posterior import Prior
 
 __all__ = ["EMFit", "EMHistory", "Restart"]
 
@@ -28,17 +31,13 @@ class EMHistory(History):
     ``loss`` is its negative.
     """
 
-    def __init__(self, objectives: list[float]) -> None:
+    def __init__(self, objectives: Sequence[float]) -> None:
         super().__init__(-torch.tensor(objectives, dtype=torch.float64), ())
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return -super().__getitem__("loss") if name == "objective" else super().__getitem__(name)
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(("objective", "loss"))
-
-    def __len__(self) -> int:
-        return 2
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        loss = self._losses.numpy().copy()
+        return {"objective": -loss, "loss": loss}
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,13 @@ class Restart:
 @dataclass(frozen=True, eq=False, repr=False)
 class EMFit(Fit):
     """A fit by :class:`lvppl.EM`. Its posterior is exact, and needs no guide.
+
+    ::
+
+        fit.posterior(y).map().values["z"]     # the cluster of each datum
+        fit.posterior(y).marginals("z")        # responsibilities
+        fit.log_evidence(y_test).per_datum     # ln p(y)
+        fit.sample(y).predictive["y"]          # new data
 
     :ivar tracked: what the iterations raise: ``ln p(y)``, ``hard ELBO``, ...
     :ivar m_step: how each parameter was maximised; prints as a table.
@@ -125,10 +131,16 @@ class EMFit(Fit):
     def posterior(self, *data: Any, temperature: float = 1.0, **kwargs: Any) -> ExactPosterior:  # type: ignore[override]
         """The exact posterior of the latents for these data, which may be new.
 
-        See :func:`lvppl.posterior`.
+        See :func:`lvppl.posterior`. Draws are ``fit.posterior(y).sample(100, seed=0)``.
         """
         from lvppl.evidence import posterior
 
+        of_draws = sorted(kwargs.keys() & {"num_samples", "seed"})
+        if of_draws:
+            raise ProgramError(
+                f"the posterior of an EM fit is exact and takes no {' or '.join(of_draws)}. Draws "
+                "are fit.posterior(y).sample(num_samples, seed=seed)."
+            )
         with self._inside(data) as inside:
             return posterior(self._program(), *inside, temperature=temperature, **kwargs)
 
@@ -138,6 +150,46 @@ class EMFit(Fit):
 
         with self._inside(data) as inside, torch.no_grad():
             return log_evidence(self._program(), *inside, **kwargs)
+
+    def reconstruct(
+        self,
+        *data: Any,
+        num_samples: int = 1,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """E[y | z] averaged over p(z | y), by observed site, (*plates, *event).
+
+        The average is exact: ``num_samples`` and ``seed`` change nothing.
+        """
+        from lvppl.factor_graph import enumerating
+        from lvppl.inference.posterior import reconstruct
+
+        with self._inside(data) as inside:
+            program = enumerating(self._program())
+            return reconstruct(program, None, *inside, batch_size=batch_size, **kwargs)
+
+    def sample(
+        self, *data: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any
+    ) -> Prior:
+        """New latents and data at the fit's parameters; see :meth:`Fit.sample`.
+
+        Latents that were maximised (MAP) keep their values.
+        """
+        from lvppl.inference.posterior import sample_prior
+
+        if not data and self.prototype is not None:
+            data, kwargs = self.prototype[0], {**self.prototype[1], **kwargs}
+        with self._inside(data) as inside:
+            options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, **kwargs}
+            return sample_prior(self._program(), *inside, **options)
+
+    def log_likelihood(self, *data: Any, **options: Any) -> LikelihoodEstimate:  # type: ignore[override]
+        raise ProgramError(
+            "ln p(y) of an EM fit is exact: there is nothing to estimate. Use "
+            "fit.log_evidence(y).per_datum, or float(fit.log_evidence(y)) for the total, in nats."
+        )
 
     def report(self, *data: Any, seed: int | None = None, **kwargs: Any) -> Any:
         raise ProgramError(
