@@ -25,6 +25,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 
 import torch
 from pyro.ops.contract import contract_tensor_tree
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 
+_NO_INTEGRALS: Mapping[str, Reduction] = MappingProxyType({})
+
+
 class _LogSpace(LogRing):
     """Variable elimination that never leaves log space.
 
@@ -51,11 +55,18 @@ class _LogSpace(LogRing):
     where two factors are peaked at different states.
     """
 
-    def __init__(self, reduction: Reduction) -> None:
+    def __init__(self, reduction: Reduction, integrals: Mapping[str, Reduction]) -> None:
         super().__init__()
         self.reduction = reduction
+        self.integrals = integrals
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Set[str]) -> Tensor:
+        # integrals first: given every discrete variable, the log-density is one that is known
+        inner = dims & self.integrals.keys()
+        if inner:
+            whole = [term for term in terms if inner & set(dims_of(term))]
+            rest = [term for term in terms if not inner & set(dims_of(term))]
+            terms, dims = [*rest, self._eliminated(whole, inner)], dims - inner
         terms = scanned(terms, dims, self.reduction, self._eliminated)
         return self._eliminated(terms, dims)
 
@@ -65,7 +76,8 @@ class _LogSpace(LogRing):
         for number, (symbol, bucket, _) in enumerate(order, len(terms)):
             table = product([held.pop(i) for i in sorted(bucket)])
             names = dims_of(table)
-            reduced = self.reduction(table, names.index(symbol))
+            reduction = self.integrals.get(symbol, self.reduction)
+            reduced = reduction(table, names.index(symbol))
             held[number] = named(reduced, names.replace(symbol, ""))
         return product(list(held.values()))
 
@@ -131,6 +143,7 @@ def log_sum_product(
     eliminate: Set[str],
     plates: Set[str],
     reduction: Reduction = log_sum_exp,
+    integrals: Mapping[str, Reduction] = _NO_INTEGRALS,
 ) -> list[Tensor]:
     """ln of the sum over ``eliminate`` of the product of factors and plates, as packed terms.
 
@@ -142,6 +155,7 @@ def log_sum_product(
         eliminate: symbols of enumerated variables.
         plates: symbols along which independent copies are multiplied.
         reduction: how a variable is taken out.
+        integrals: for symbols over the nodes of a continuous variable, how that one is.
 
     Raises:
         PlatesOverlap: the plates do not nest as a tree around the enumerated variables.
@@ -151,7 +165,9 @@ def log_sum_product(
         tree.setdefault(frozenset(dims_of(factor)) & plates, []).append(factor)
     present = {symbol for factor in log_factors for symbol in dims_of(factor)}
     try:
-        contracted = contract_tensor_tree(tree, set(eliminate) & present, ring=_LogSpace(reduction))
+        contracted = contract_tensor_tree(
+            tree, set(eliminate) & present, ring=_LogSpace(reduction, integrals)
+        )
     except NotImplementedError as error:
         raise PlatesOverlap(error) from error
     return [sum_out(term, plates) for terms in contracted.values() for term in terms]
@@ -164,6 +180,7 @@ def solve(
     eliminate: Set[str],
     plates: Set[str],
     reduction: Reduction = log_sum_exp,
+    integrals: Mapping[str, Reduction] = _NO_INTEGRALS,
     differentiable: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contraction and, over the variables of each query, its gradient.
@@ -176,7 +193,7 @@ def solve(
         queries: packed tensors; only their dimensions matter.
         eliminate: symbols of enumerated variables.
         plates: symbols along which independent copies are multiplied.
-        reduction: how a variable is taken out.
+        reduction, integrals: as ``log_sum_product``.
         differentiable: keep the graph, so that the answers can be differentiated in the factors.
 
     Returns:
@@ -186,7 +203,11 @@ def solve(
         zeros = [_zero_leaf(query) for query in queries]
         factors = log_factors if differentiable else [_detached(f) for f in log_factors]
         terms = log_sum_product(
-            [*factors, *zeros], eliminate=eliminate, plates=plates, reduction=reduction
+            [*factors, *zeros],
+            eliminate=eliminate,
+            plates=plates,
+            reduction=reduction,
+            integrals=integrals,
         )
         total = torch.stack([term.sum() for term in terms]).sum()
         if not zeros:
@@ -207,6 +228,7 @@ def marginals(
     *,
     eliminate: Set[str],
     plates: Set[str],
+    integrals: Mapping[str, Reduction] = _NO_INTEGRALS,
 ) -> list[Tensor]:
     """Marginal probabilities over the variables of each query, differentiable in the factors.
 
@@ -215,7 +237,14 @@ def marginals(
     Returns:
         For each query, a packed tensor of its dimensions that sums to one over its variables.
     """
-    return solve(log_factors, queries, eliminate=eliminate, plates=plates, differentiable=True)[1]
+    return solve(
+        log_factors,
+        queries,
+        eliminate=eliminate,
+        plates=plates,
+        integrals=integrals,
+        differentiable=True,
+    )[1]
 
 
 def _zero_leaf(query: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from lvppl.conjugate import Nodes
 from lvppl.elimination import PlatesOverlap, cost, log_sum_product, marginals, solve
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.packed import Reduction, dims_of, log_sum_exp, named, sum_out
+from lvppl.packed import Reduction, dims_of, log_sum_exp, named, product, sum_out
 from lvppl.tracing import PARTICLES, Plate, plate_scale, plates_of
 
 __all__ = ["Enumerated", "num_states", "user_scale"]
@@ -64,6 +65,11 @@ class Enumerated:
         data = {plate.name for plate in layout.data_plates}
         local = set() if averaged else set(layout.subsampled_inside)
         self._outputs = {PARTICLES} | data | local
+        self.integrals: dict[str, Reduction] = {
+            _own_symbol(site): site["fn"].integral
+            for site, _ in self.factors.values()
+            if isinstance(site["fn"], Nodes)
+        }
         self.plates = {s for name, s in self._symbols.items() if name not in self._outputs}
 
     # ------------------------------------------------------------------------------ ln Z and E[.]
@@ -95,7 +101,12 @@ class Enumerated:
     def log_evidence(self, shape: tuple[int, int]) -> Tensor:
         """ln of the sum over all enumerated values, (particles, data), scales applied."""
         with self._plates_named():
-            terms = log_sum_product(self._packed, eliminate=self.eliminate, plates=self.plates)
+            terms = log_sum_product(
+                self._packed,
+                eliminate=self.eliminate,
+                plates=self.plates,
+                integrals=self.integrals,
+            )
         return self._gathered(terms, shape)
 
     @contextmanager
@@ -133,6 +144,7 @@ class Enumerated:
                 eliminate=self.eliminate,
                 plates=self.plates,
                 reduction=reduction,
+                integrals=self.integrals,
                 differentiable=differentiable,
             )
         return self._gathered(terms, shape), answers
@@ -140,6 +152,23 @@ class Enumerated:
     def over_factors(self) -> list[Tensor]:
         """Queries for the posterior of the variables of each factor, as tensors of its shape."""
         return self._packed
+
+    def factor_of(self, name: str) -> Tensor:
+        """The packed log-factor of a site."""
+        return self._packed[list(self.factors).index(name)]
+
+    def defect(self, name: str) -> Tensor:
+        """How far the density of an integrated site is from one whose integral is known."""
+        site = self.factors[name][0]
+        symbol = _own_symbol(site)
+        table = product([factor for factor in self._packed if symbol in dims_of(factor)])
+        plates = [s for s in dims_of(table) if s in self.plates - set(self._symbol_plates(site))]
+        table = sum_out(table, set(plates))
+        result: Tensor = site["fn"].defect(table.detach(), dims_of(table).index(symbol))
+        return result
+
+    def _symbol_plates(self, site: Any) -> list[str]:
+        return [self._symbols[plate.name] for plate in plates_of(site)]
 
     def over_sites(self, sites: Sequence[Any], num_draws: int | None = None) -> Tensor:
         """A query for the joint posterior of enumerated sites: draws, sites, then their plates."""
@@ -169,7 +198,7 @@ class Enumerated:
         event_dim = cost.dim() - marginal.dim()
         marginal = marginal.reshape(marginal.shape + (1,) * event_dim)
         # 0 x inf: what is impossible costs nothing
-        weighted = torch.where(marginal > 0, marginal * cost, torch.zeros_like(cost))
+        weighted = torch.where(marginal != 0, marginal * cost, torch.zeros_like(cost))
         extra = cost.dim() - event_dim - self.width
         return weighted.sum(list(range(extra))) if extra > 0 else weighted
 
@@ -177,7 +206,11 @@ class Enumerated:
     def _marginals(self) -> dict[str, Tensor]:
         with self._plates_named():
             found = marginals(
-                self._packed, self._asked, eliminate=self.eliminate, plates=self.plates
+                self._packed,
+                self._asked,
+                eliminate=self.eliminate,
+                plates=self.plates,
+                integrals=self.integrals,
             )
         return {
             name: marginal.reshape(tensor.shape)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.conjugate import Nodes
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph, graph_of
 from lvppl.packed import log_max, log_sum_exp_sampled
@@ -122,7 +123,7 @@ class ExactPosterior:
         assert graph.enumerated is not None
         self._graph = graph
         self._enumerated = graph.enumerated
-        self.sites = tuple(graph.latents)
+        self.sites = tuple(n for n, s in graph.latents.items() if not isinstance(s["fn"], Nodes))
         # at once: a program that has no posterior is refused here, not at the first question
         self.log_evidence, self._marginals = self._summed()
 
@@ -201,10 +202,10 @@ class ExactPosterior:
 
     @property
     def _latents(self) -> Sequence[Any]:
-        return list(self._graph.latents.values())
+        return [self._graph.latents[name] for name in self.sites]
 
     def _known(self, site: str) -> str:
-        if site not in self._graph.latents:
+        if site not in self.sites:
             raise ProgramError(f"no enumerated latent {site!r}; there are {sorted(self.sites)}")
         return site
 

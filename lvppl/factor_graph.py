@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
-from lvppl.packed import Reduction, log_sum_exp
+from lvppl.packed import Reduction, log_max, log_sum_exp
 from lvppl.replay import Replay
-from lvppl.tracing import is_discrete, is_enumerated, kind_of, plates_of
+from lvppl.tracing import is_discrete, is_enumerated, is_masked, kind_of, plates_of
 
 __all__ = ["FactorGraph", "NothingLarge", "TooLarge", "enumerating", "explained_run", "graph_of"]
 
@@ -81,13 +81,35 @@ class FactorGraph:
             self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
             self.enumerated = self._enumerated(temperature)
 
-    def _enumerated(self, temperature: float) -> Enumerated | None:
-        run = self.run
+    def _enumerated(self, temperature: float, padding: float | None = None) -> Enumerated | None:
+        """The factors that hold enumerated variables.
+
+        A masked element of a latent keeps its probabilities, which sum to one and so count nothing
+        in a sum. To count nothing at a temperature T they are taken to the power T first, and to
+        the power 0 in a maximum.
+        """
+        run, power = self.run, temperature if padding is None else padding
         inside = {n: s for n, s in self.sites.items() if run.log_prob(s).dim() > run.width}
         if not inside:
             return None
-        factors = {name: (site, run._factor(site)) for name, site in inside.items()}
+        factors = {}
+        for name, site in inside.items():
+            factor = run._factor(site)
+            if power != 1.0 and is_enumerated(site) and is_masked(site):
+                kept = run.log_prob(site)
+                padded = power * factor if power else torch.zeros_like(factor)
+                factor = torch.where(factor == kept, factor, padded)
+            factors[name] = (site, factor)
         return Enumerated(factors, run.layout, temperature=temperature)
+
+    def under(self, reduction: Reduction) -> Enumerated:
+        """The factors as a reduction takes them."""
+        assert self.enumerated is not None
+        if reduction is not log_max or not any(map(is_masked, self.latents.values())):
+            return self.enumerated
+        found = self._enumerated(self.enumerated.temperature, padding=0.0)
+        assert found is not None
+        return found
 
     def require_affordable(self) -> None:
         """Raise where the largest table of the elimination would not fit."""
@@ -130,8 +152,7 @@ class FactorGraph:
         Raises:
             ProgramError: a datum has probability zero: there is no posterior.
         """
-        assert self.enumerated is not None
-        inside, answers = self.enumerated.solve(
+        inside, answers = self.under(reduction).solve(
             queries, self.shape, reduction=reduction, differentiable=differentiable
         )
         value = (self.apart() + inside)[0]

@@ -7,8 +7,24 @@ plate of particles, in float32 and float64 and on any device (``model.double()``
 ``pyro.poutine.uncondition(model)`` samples the data as well.
 """
 
+from .components import (
+    BernoulliComponents,
+    CategoricalComponents,
+    GaussianComponents,
+    GaussianMixtureComponents,
+    PoissonComponents,
+)
 from .gaussian import FactorAnalysis, HierarchicalNormal, NormalNormal, ProbabilisticPCA
-from .mixture import BernoulliMixture, GaussianMixture
+from .hmm import HiddenMarkovLoop, HiddenMarkovModel, InputHiddenMarkovModel
+from .mixture import (
+    BernoulliMixture,
+    GaussianMixture,
+    MixtureOfExperts,
+    PoissonMixture,
+    StudentTMixture,
+)
+from .naive_bayes import NaiveBayes
+from .topic import LatentDirichletAllocation, ProbabilisticLSA, words_from_counts
 from .vae import (
     VAE,
     BernoulliLikelihood,
@@ -22,17 +38,32 @@ from .vae import (
 
 __all__ = [
     "VAE",
+    "BernoulliComponents",
     "BernoulliLikelihood",
     "BernoulliMixture",
     "BetaBinomialLikelihood",
+    "CategoricalComponents",
     "ConvDecoder",
     "DenseDecoder",
     "DiscretizedLogisticLikelihood",
     "FactorAnalysis",
+    "GaussianComponents",
     "GaussianLikelihood",
     "GaussianMixture",
+    "GaussianMixtureComponents",
+    "HiddenMarkovLoop",
+    "HiddenMarkovModel",
     "HierarchicalNormal",
+    "InputHiddenMarkovModel",
+    "LatentDirichletAllocation",
+    "MixtureOfExperts",
+    "NaiveBayes",
     "NormalNormal",
+    "PoissonComponents",
+    "PoissonMixture",
+    "ProbabilisticLSA",
     "ProbabilisticPCA",
+    "StudentTMixture",
     "shallow_gaussian",
+    "words_from_counts",
 ]

@@ -21,13 +21,14 @@ FOLDERS = ("lvppl", "models", "guides", "examples", "benchmarks")
 MAPPED = {"models": "lvppl.models", "guides": "lvppl.guides"}  # as they are installed
 
 # What each room may import of the project, besides itself.
-GROUND = {"errors", "distributions"}
+GROUND = {"errors", "chains", "distributions"}
 CORE = GROUND | {"core"}
 FORMULAS = CORE | {"objectives", "engine"}
 ROOMS_ABOVE = FORMULAS | {"inspection", "inference", "data", "io"}
 MAY_IMPORT = {
     "errors": set[str](),
-    "distributions": {"errors"},
+    "chains": {"errors"},
+    "distributions": {"errors", "chains"},
     "core": GROUND,
     "objectives": CORE,
     "engine": CORE,

@@ -6,8 +6,12 @@
     the discrete distribution of a continuous one rounded to a grid: ``-log P`` is a code length.
 :class:`Dithered`, :class:`UniformNoise`
     its relaxation: a continuous variable with additive uniform noise, and the guide that adds it.
+:class:`HiddenMarkov`
+    whole sequences of a hidden Markov model, its states summed out exactly.
 :func:`straight_through_round`
     rounding to the grid, with the gradient of the identity.
+:class:`InverseWishart`
+    the conjugate prior of a covariance matrix.
 
 Pyro itself has the beta-binomial (:class:`pyro.distributions.BetaBinomial`).
 """
@@ -16,6 +20,8 @@ from lvppl.distributions.bin_mass import log_bin_mass
 from lvppl.distributions.discretized_logistic import DiscretizedLogistic
 from lvppl.distributions.dithered import Dithered
 from lvppl.distributions.grid import FiniteGrid, Lattice
+from lvppl.distributions.hidden_markov import HiddenMarkov
+from lvppl.distributions.inverse_wishart import InverseWishart
 from lvppl.distributions.quantized import Quantized
 from lvppl.distributions.rounding import straight_through_round
 from lvppl.distributions.uniform_noise import UniformNoise
@@ -24,6 +30,8 @@ __all__ = [
     "DiscretizedLogistic",
     "Dithered",
     "FiniteGrid",
+    "HiddenMarkov",
+    "InverseWishart",
     "Lattice",
     "Quantized",
     "UniformNoise",

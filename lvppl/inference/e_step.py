@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.conjugate import Nodes
 from lvppl.elimination import solve as solve_factors
 from lvppl.enumerated import num_states
 from lvppl.factor_graph import FactorGraph
+from lvppl.inference.inner_latents import opened, structure
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.layout import Layout
 from lvppl.packed import dims_of, log_max, log_sum_exp, named
@@ -79,9 +81,12 @@ class Expectation:
                 reduction = log_max if mode.hard else log_sum_exp
                 value, answers = graph.solve(queries, reduction=reduction)
                 weights = dict(zip(graph.enumerated.factors, answers, strict=True))
-            return Expectation(
-                value.double().sum() * graph.data_scale, value, _weighted(graph, weights)
-            )
+            objective = value.double().sum() * graph.data_scale
+            terms: list[Weighted] = []
+            for term in _weighted(graph, weights):
+                inside = opened(term, hard=mode.hard, temperature=mode.temperature)
+                objective, terms = objective + inside.gain, [*terms, *inside.terms]
+            return Expectation(objective, value, terms)
 
     @staticmethod
     def clamped(
@@ -101,6 +106,9 @@ class Expectation:
             factors = []
             for name, site in graph.latents.items():
                 query = graph.enumerated.over_sites([site])
+                if isinstance(site["fn"], Nodes):  # at its prior
+                    factors.append(graph.enumerated.factor_of(name))
+                    continue
                 given = q.get(name)
                 logs = query if given is None else given.movedim(-1, 0).to(query).log()
                 if given is None:
@@ -111,8 +119,10 @@ class Expectation:
                 graph.enumerated.over_factors(),
                 eliminate=graph.enumerated.eliminate,
                 plates=graph.enumerated.plates,
+                integrals=graph.enumerated.integrals,
             )
-            return _weighted(graph, dict(zip(graph.enumerated.factors, answers, strict=True)))
+            terms = _weighted(graph, dict(zip(graph.enumerated.factors, answers, strict=True)))
+            return [t for term in terms for t in opened(term, hard=False, temperature=1.0).terms]
 
 
 def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weighted]:
@@ -144,8 +154,9 @@ def sites_of(
 ) -> list[Weighted]:
     """The sites of Q without a posterior: all weights are one."""
     return [
-        Weighted(site["name"], site["fn"], site["value"], torch.ones(()))
+        term
         for site in traced_sites(program, args, kwargs, layout)
+        for term in structure(Weighted(site["name"], site["fn"], site["value"], torch.ones(())))
     ]
 
 
@@ -157,13 +168,11 @@ def expected_log_joint(
     weights: Mapping[str, Tensor],
 ) -> Tensor:
     """Q(θ) at fixed weights, 0-dim, differentiable in the parameters."""
-    trace, _ = trace_pair(program, None, args, kwargs, nesting=layout.nesting, enumerate_sites=True)
     total = torch.zeros((), dtype=torch.float64)
-    for site in sample_sites(trace):
-        log_prob = site["fn"].log_prob(site["value"])
-        weight = weights[site["name"]]
+    for term in sites_of(program, args, kwargs, layout):
+        log_prob, weight = term.fn.log_prob(term.value), weights[term.name]
         log_prob = log_prob.expand(weight.shape) if log_prob.dim() <= weight.dim() else log_prob
         # 0 x -inf: what is impossible, or masked, counts nothing
-        possible = torch.where(weight > 0, log_prob, torch.zeros_like(log_prob))
+        possible = torch.where(weight != 0, log_prob, torch.zeros_like(log_prob))
         total = total.to(log_prob.device) + (weight * possible).sum().double()
     return total

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 
+from lvppl.conjugate import ConjugateLatents
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph, enumerating, explained_run
 from lvppl.inference.arguments import check_counts, check_data, explained, named_device, tensors_in
@@ -17,7 +18,8 @@ from lvppl.inference.e_step import Mode
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Problem, Settings
 from lvppl.inference.fit import moved, versions
-from lvppl.inference.map_latents import MapLatents, global_latents
+from lvppl.inference.inner_latents import has_inner_latents
+from lvppl.inference.map_latents import MapLatents, continuous_latents, require_conjugate
 from lvppl.inference.minibatch import data_plates_of, gather, num_rows
 from lvppl.inference.starts import INITS, start_of
 from lvppl.inference.state import FitState, modules_of
@@ -209,8 +211,9 @@ class EM:
         ):
             with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
                 trace_pair(self.model, None, data, kwargs)
-            latents = MapLatents(global_latents(self.model, data, kwargs))
-            program = latents(enumerating(self.model))
+            continuous = continuous_latents(self.model, data, kwargs)
+            latents = MapLatents(continuous.shared)
+            program = latents(enumerating(ConjugateLatents(continuous.local)(self.model)))
             batches = _batches(self.model, data, kwargs, batch_size)
             with undisturbed():
                 layout = layout_of(program, None, batches[0], kwargs)
@@ -218,6 +221,7 @@ class EM:
                     graph = FactorGraph(program, batches[0], kwargs, layout, guarded=True)
                 graph.require_affordable()
             _require_latents(graph)
+            require_conjugate(graph)
             state.claim()
             if not state.tensors():
                 raise ProgramError(
@@ -235,6 +239,7 @@ class EM:
                 constraints=store["constraints"],
                 floor=self.floor,
                 device=device,
+                integrated=continuous.local,
             )
 
     # ---------------------------------------------------------------------------------- restarts
@@ -292,6 +297,7 @@ class EM:
                     "floor": self.floor,
                     "tol": settings.tol,
                     "map_latents": sorted(problem.latents.names),
+                    "integrated_latents": sorted(problem.integrated),
                 },
             )
 
@@ -318,7 +324,7 @@ def _batches(
 
 
 def _require_latents(graph: FactorGraph) -> None:
-    if graph.latents:
+    if graph.latents or any(has_inner_latents(site["fn"]) for site in graph.sites.values()):
         return
     raise ProgramError(
         "The model has no discrete latent, so that there is nothing to take an expectation over. "

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvppl.conjugate import ConjugateLatents
 from lvppl.errors import ProgramError
 from lvppl.inference.fit import Fit, History
 from lvppl.inference.m_step import MStepTable
+from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.state import FitState
 
 if TYPE_CHECKING:
@@ -119,14 +121,10 @@ class EMFit(Fit):
         return float(self.history["objective"][-1])
 
     def _program(self) -> Callable[..., Any]:
-        from lvppl.inference.map_latents import MapLatents
-
-        names = [n for n in self.m_step if n not in self._own_params()]
-        return MapLatents(names)(self.model)
-
-    def _own_params(self) -> set[str]:
-        """Parameters that the program itself makes; the others stand for latents."""
-        return set(self.m_step) - set(self.settings.get("map_latents", ()))
+        """The model with its continuous latents as the fit took them."""
+        shared = self.settings.get("map_latents", ())
+        local = self.settings.get("integrated_latents", ())
+        return MapLatents(shared)(ConjugateLatents(local)(self.model))
 
     def posterior(self, *data: Any, temperature: float = 1.0, **kwargs: Any) -> ExactPosterior:  # type: ignore[override]
         """The exact posterior of the latents for these data, which may be new.
@@ -135,10 +133,10 @@ class EMFit(Fit):
         """
         from lvppl.evidence import posterior
 
-        of_draws = sorted(kwargs.keys() & {"num_samples", "seed"})
-        if of_draws:
+        sampling = sorted(kwargs.keys() & {"batch_size", "num_samples", "seed"})
+        if sampling:
             raise ProgramError(
-                f"the posterior of an EM fit is exact and takes no {' or '.join(of_draws)}. Draws "
+                f"the posterior of an EM fit is exact and takes no {' or '.join(sampling)}. Draws "
                 "are fit.posterior(y).sample(num_samples, seed=seed)."
             )
         with self._inside(data) as inside:

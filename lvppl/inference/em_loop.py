@@ -47,6 +47,8 @@ class Problem:
     m_step: MStep
     floor: float
     device: torch.device
+    integrated: tuple[str, ...] = ()
+    """Continuous latents of each datum, integrated out."""
     kernels: dict[Any, FastMixture | None] = field(default_factory=dict)
     by_data: bool = False
     """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
@@ -62,6 +64,7 @@ class Problem:
         constraints: Mapping[str, Any],
         floor: float,
         device: torch.device,
+        integrated: tuple[str, ...] = (),
     ) -> Problem:
         parameters = Parameters(tensors, constraints)
         unplanned: Any = None
@@ -74,6 +77,7 @@ class Problem:
             unplanned,
             floor,
             device,
+            integrated,
         )
         problem.m_step = problem.plan()
         return problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -11,7 +12,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from lvppl.conjugate import Nodes, conjugate_kind
 from lvppl.errors import ProgramError
+from lvppl.factor_graph import FactorGraph
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.tracing import (
     is_discrete,
@@ -23,7 +26,7 @@ from lvppl.tracing import (
     undisturbed,
 )
 
-__all__ = ["MapLatents", "global_latents"]
+__all__ = ["ContinuousLatents", "MapLatents", "continuous_latents", "require_conjugate"]
 
 Program = Callable[..., Any]
 
@@ -62,34 +65,64 @@ class MapLatents(Messenger):
         return sum((p.weight * p.fn.log_prob(p.value)).sum() for p in self.priors.values())
 
 
-def global_latents(model: Program, args: Any, kwargs: Mapping[str, Any]) -> list[str]:
-    """Continuous latents that are shared by data.
+@dataclass(frozen=True)
+class ContinuousLatents:
+    """The continuous latents of a program: shared by data, or one for each datum."""
+
+    shared: tuple[str, ...]
+    local: tuple[str, ...]
+
+
+def continuous_latents(model: Program, args: Any, kwargs: Mapping[str, Any]) -> ContinuousLatents:
+    """Which continuous latents are maximised over, and which are integrated.
 
     Raises:
-        ProgramError: a continuous latent belongs to each datum: it is to be integrated, not
-            maximised.
+        ProgramError: one that belongs to each datum has no conjugate prior, one that is shared no
+            support.
     """
     with undisturbed(), poutine.block():
         sites = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     observed = [s for s in sites if s["is_observed"] and s["value"].numel() > 0]
-    found = []
+    shared, local = [], []
     for site in sites:
-        continuous = not site["is_observed"] and not is_enumerated(site) and not is_discrete(site)
-        if not continuous:
+        if site["is_observed"] or is_enumerated(site) or is_discrete(site):
             continue
         plates = {plate.name for plate in plates_of(site)}
-        local = [s for s in observed if {plate.name for plate in plates_of(s)} <= plates]
-        if local and plates:
-            raise ProgramError(
-                f"Latent '{site['name']}' ({kind_of(site['fn'])}) is continuous and belongs to "
-                f"each datum of '{local[0]['name']}' (plate '{sorted(plates)[0]}'): EM would have "
-                "to integrate it, and no closed form is known here. Give it a guide: "
-                "lvppl.EM(model, guide), or lvppl.SVI."
-            )
-        if support_of(site["fn"]) is None:
+        own = [s for s in observed if {plate.name for plate in plates_of(s)} <= plates]
+        if own and plates:
+            if conjugate_kind(site["fn"]) is None:
+                raise ProgramError(not_conjugate(site, own[0]["name"]))
+            local.append(site["name"])
+        elif support_of(site["fn"]) is None:
             raise ProgramError(
                 f"Latent '{site['name']}' ({kind_of(site['fn'])}) declares no support, so that it "
                 "cannot be a parameter. Use a distribution with a support."
             )
-        found.append(site["name"])
-    return found
+        else:
+            shared.append(site["name"])
+    return ContinuousLatents(tuple(shared), tuple(local))
+
+
+def not_conjugate(site: Any, datum: str) -> str:
+    return (
+        f"Latent '{site['name']}' ({kind_of(site['fn'])}) is continuous and belongs to each datum "
+        f"of '{datum}': EM has to integrate it, and its terms of ln p are neither those "
+        "of a Gamma nor of a Gaussian. Give it a guide: lvppl.EM(model, guide), or lvppl.SVI."
+    )
+
+
+def require_conjugate(graph: FactorGraph) -> None:
+    """Raise where an integrated latent does not have the density that its integral is taken of.
+
+    Raises:
+        ProgramError: the log-density at some nodes is not what that at the others predicts.
+    """
+    for name, site in graph.latents.items():
+        if not isinstance(site["fn"], Nodes):
+            continue
+        assert graph.enumerated is not None
+        defect = graph.enumerated.defect(name)
+        dtype = site["value"].dtype
+        if not defect < (1e-7 if dtype == torch.float64 else 1e-3):
+            others = [n for n, s in graph.sites.items() if s["is_observed"]]
+            raise ProgramError(not_conjugate({**site, "fn": site["fn"].base_dist}, others[0]))

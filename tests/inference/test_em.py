@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import lvppl
+import lvppl.distributions
 from tests.enumerable import (
     PROGRAMS,
     Program,
@@ -387,25 +388,37 @@ def gaussian_hmm(y: np.ndarray, iterations: int) -> Any:
     return peer.fit(y.reshape(-1, 2), [y.shape[1]] * len(y))
 
 
-@pytest.mark.parametrize("iterations", [1, 10])
-def test_a_chain_is_that_of_hmmlearn(iterations: int):
-    y, start = sequences(), chain_start()
-    peer = gaussian_hmm(y, iterations)
+def chain_program(form: str) -> Any:
+    """The chain by `pyro.markov`, or as one distribution that sums its states out itself."""
+    start = chain_start()
 
     def model(y: Tensor) -> None:
         initial = simplex("initial", start["initial"])
         transition = simplex("transition", start["transition"])
         loc = pyro.param("loc", lambda: t(start["means"]))
-        variances = np.sqrt(start["variances"])
-        scale = pyro.param("scale", lambda: t(variances), constraint=constraints.positive)
+        deviations = np.sqrt(start["variances"])
+        scale = pyro.param("scale", lambda: t(deviations), constraint=constraints.positive)
         with pyro.plate("sequences", y.shape[0]):
+            if form == "distribution":
+                emission = dist.Normal(loc, scale).to_event(1)
+                chain = lvppl.distributions.HiddenMarkov(initial.log(), transition.log(), emission)
+                pyro.sample("y", chain, obs=y)
+                return
             x = None
             for step in pyro.markov(range(y.shape[1])):
                 x = categorical(f"x_{step}", initial if x is None else transition[x])
                 emission = dist.Normal(loc[x], scale[x]).to_event(1)
                 pyro.sample(f"y_{step}", emission, obs=y[:, step])
 
-    fit = lvppl.EM(model).fit(t(y), max_iter=iterations, **EXACTLY)
+    return model
+
+
+@pytest.mark.parametrize("iterations", [1, 10])
+@pytest.mark.parametrize("form", ["program", "distribution"])
+def test_a_chain_is_that_of_hmmlearn(form: str, iterations: int):
+    y = sequences()
+    peer = gaussian_hmm(y, iterations)
+    fit = lvppl.EM(chain_program(form)).fit(t(y), max_iter=iterations, **EXACTLY)
     agree(fit.params["initial"], peer.startprob_, 1e-6)
     agree(fit.params["transition"], peer.transmat_, 1e-6)
     agree(fit.params["loc"], peer.means_, 1e-6)

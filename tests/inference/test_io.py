@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributions import constraints
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+import lvppl
 from lvppl import io
 from lvppl.errors import ProgramError
 from lvppl.inference.state import modules_of
@@ -391,3 +392,118 @@ def test_keyword_arguments_and_arrays_travel(tmp_path):
     object.__setattr__(bad, "prototype", ((object(),), {}))
     with pytest.raises(ProgramError, match="data argument 0 is a object, which cannot be saved"):
         bad.save(tmp_path)
+
+
+# ---------------------------------------------------------------------- fits by EM
+
+
+def mixture(y):
+    weights = pyro.param("weights", torch.tensor([0.6, 0.4]), constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.tensor([-1.0, 1.2]))
+    scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(loc[z], scale[z]), obs=y[:, 0])
+
+
+def mixture_without_loc(y):
+    weights = pyro.param("weights", torch.tensor([0.6, 0.4]), constraint=constraints.simplex)
+    scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(0.0, scale[z]), obs=y[:, 0])
+
+
+def mixture_with_priors(y):
+    """A simplex, a positive and a real latent in a plate: all become parameters."""
+    weights = pyro.sample("weights", dist.Dirichlet(2 * torch.ones(2)))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("components", 2, dim=-2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    extra = pyro.param("extra", torch.tensor(0.0))
+    with pyro.plate("data", len(y), dim=-1):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(loc[..., 0][z] + extra, scale), obs=y[:, 0])
+
+
+def module_mixture():
+    net = nn.Linear(1, 2)
+
+    def model(y):
+        pyro.module("net", net)
+        loc = pyro.param("loc", lambda: torch.tensor([-1.0, 1.2]))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(logits=net(y)))
+            pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y[:, 0])
+
+    return model
+
+
+EM_FITS = {
+    "restarts": (lambda: mixture, {"init": "kmeans++", "restarts": 3}, {}),
+    "hard": (lambda: mixture, {"hard": True, "init": "random"}, {}),
+    "annealed": (lambda: mixture, {"temperature": lambda i: max(1.0, 3.0 - i)}, {}),
+    "online": (lambda: mixture, {"online": True}, {"batch_size": 5}),
+    "batches": (lambda: mixture, {}, {"batch_size": 5}),
+    "priors": (lambda: mixture_with_priors, {"init": "random", "restarts": 2}, {}),
+    "module": (module_mixture, {"num_gradient_steps": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("name", EM_FITS)
+def test_an_em_fit_comes_back(name, tmp_path):
+    program, options, run = EM_FITS[name]
+    fit = lvppl.EM(program(), **options).fit(Y, max_iter=4, seed=2, progress=False, **run)
+    fit.save(tmp_path)
+    loaded = lvppl.load(tmp_path, program())  # other initial weights, or none
+    assert isinstance(loaded, lvppl.EMFit)
+    assert loaded.guide is None
+    same(fit, loaded)
+    for field in ("status", "reason", "seed", "num_steps", "settings", "versions", "tracked"):
+        assert getattr(loaded, field) == getattr(fit, field)
+    assert repr(loaded) == repr(fit)  # with the table of the M-step
+    assert dict(loaded.m_step) == dict(fit.m_step)
+    for one, other in zip([loaded, *loaded.restarts], [fit, *fit.restarts], strict=True):
+        assert repr(one) == repr(other)
+        assert one.reason == other.reason
+        assert one.params.keys() == other.params.keys()
+        assert all(one.params[key].equal(value) for key, value in other.params.items())
+    for rows in (Y, Y[:3] + 0.2):
+        first, again = fit.log_evidence(rows), loaded.log_evidence(rows)
+        assert first.per_datum.equal(again.per_datum)
+        assert first.total.equal(again.total)
+        first, again = fit.posterior(rows), loaded.posterior(rows)
+        assert first.marginals("z").equal(again.marginals("z"))
+        assert first.map().values["z"].equal(again.map().values["z"])
+    assert torch.equal(*(one.sample(Y, seed=3).predictive["y"] for one in (fit, loaded)))
+    loaded.save(tmp_path / "copy")  # and can be saved again
+    same(lvppl.load(tmp_path / "copy", program()), fit)
+
+
+def test_the_files_of_an_em_fit_are_plain(tmp_path):
+    fit = lvppl.EM(mixture, init="kmeans++", restarts=2).fit(Y, seed=0, progress=False)
+    fit.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"fit.pt", "fit.json", "history.npz"}
+    torch.load(tmp_path / "fit.pt", weights_only=True)
+    readable = json.loads((tmp_path / "fit.json").read_text())
+    assert readable["objective"] == "ln p(y)"
+    assert readable["parameters"] == {"weights": [2], "loc": [2], "scale": [2]}
+    assert [row["how"] for row in readable["m_step"]] == ["closed form"] * 3
+    objectives = [one.objective for one in fit.restarts]
+    assert [one["objective"] for one in readable["restarts"]] == objectives
+    with np.load(tmp_path / "history.npz") as arrays:
+        assert arrays["objective"].tolist() == fit.history["objective"].tolist()
+
+
+def test_an_em_fit_has_no_guide_and_a_fit_by_svi_has_one(tmp_path):
+    model, guide, fit = fitted()
+    fit.save(tmp_path / "svi")
+    lvppl.EM(mixture).fit(Y, max_iter=1, seed=0, progress=False).save(tmp_path / "em")
+    with pytest.raises(ProgramError, match=r"by lvppl\.SVI, but no guide came.*model, guide\)"):
+        lvppl.load(tmp_path / "svi", model)
+    with pytest.raises(ProgramError, match=r"by lvppl\.EM, .* but a guide came\. Leave it out"):
+        lvppl.load(tmp_path / "em", mixture, guide)
+    with pytest.raises(ProgramError, match=r"by lvppl\.EM, .* but an objective came"):
+        lvppl.load(tmp_path / "em", mixture, objective=ELBO())
+    with pytest.raises(ProgramError, match="'loc' that this program does not make"):
+        lvppl.load(tmp_path / "em", mixture_without_loc)

@@ -20,7 +20,9 @@ from lvppl.models import (
     GaussianMixture,
     HierarchicalNormal,
     NormalNormal,
+    PoissonMixture,
     ProbabilisticPCA,
+    StudentTMixture,
     shallow_gaussian,
 )
 
@@ -42,7 +44,10 @@ PROGRAMS = {
     "mixture_tied": (lambda: GaussianMixture(3, 4, covariance="tied"), (4,)),
     "mixture_diag": (lambda: GaussianMixture(3, 4, covariance="diag"), (4,)),
     "mixture_spherical": (lambda: GaussianMixture(3, 4, covariance="spherical"), (4,)),
+    "mixture_unit": (lambda: GaussianMixture(3, 4, covariance="unit"), (4,)),
     "mixture_bernoulli": (lambda: BernoulliMixture(3, 4), (4,)),
+    "mixture_poisson": (lambda: PoissonMixture(3, 4), (4,)),
+    "scale_mixture": (lambda: StudentTMixture(3, 4), (4,)),
     "vae_bernoulli": (vae(x_shape=(4,), decoder=DENSE), (4,)),
     "vae_gaussian": (vae(x_shape=(4,), decoder=DENSE, likelihood=GaussianLikelihood), (4,)),
     "vae_logistic": (
@@ -128,7 +133,8 @@ def test_every_term_has_the_dtype_of_model_and_data(model_name, dtype):
         if node["type"] == "sample" and node["name"] != "data":
             assert node["log_prob"].dtype == dtype
     for name, value in latents(trace).items():
-        assert value.dtype == (torch.long if "mixture" in model_name else dtype), name
+        is_assignment = "mixture" in model_name and name == "z"
+        assert value.dtype == (torch.long if is_assignment else dtype), name
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name.startswith("mixture")])

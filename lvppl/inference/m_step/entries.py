@@ -97,22 +97,22 @@ def _inverse_of_gram(tril: Tensor) -> Tensor:
 
 
 IMAGES: dict[str, tuple[Image, ...]] = {
-    "location": (Image("θ", _identity, _identity, lambda p: True),),
+    "location": (Image("θ", _identity, _identity, _is("real")),),
     "scale": (
-        Image("θ", _identity, _identity, _is("positive", "unit")),
-        Image("√θ", torch.sqrt, torch.square, _is("positive", "unit")),
+        Image("θ", _identity, _identity, _is("positive")),
+        Image("√θ", torch.sqrt, torch.square, _is("positive")),
         Image("1/√θ", torch.rsqrt, lambda x: x.square().reciprocal(), _is("positive")),
         Image("1/θ", torch.reciprocal, torch.reciprocal, _is("positive")),
         Image("exp θ", torch.exp, torch.log, _is("real")),
         Image("exp θ/2", lambda x: (x / 2).exp(), lambda x: 2 * x.log(), _is("real")),
     ),
     "rate": (
-        Image("θ", _identity, _identity, _is("positive", "unit")),
+        Image("θ", _identity, _identity, _is("positive")),
         Image("1/θ", torch.reciprocal, torch.reciprocal, _is("positive")),
         Image("exp θ", torch.exp, torch.log, _is("real")),
     ),
     "probability": (
-        Image("θ", _identity, _identity, _is("unit", "simplex")),
+        Image("θ", _identity, _identity, _is("unit")),
         Image("sigmoid θ", torch.sigmoid, torch.logit, _is("real")),
     ),
     "simplex": (

@@ -209,19 +209,18 @@ class MStep:
 
     def _separates(self, keys: Sequence[Key]) -> bool:
         """Whether each coefficient stands under one scale alone, which then cancels."""
-        met: dict[int, set[tuple[int, float]]] = {}
+        met: dict[int, set[int]] = {}
         for key in keys:
             binding, scale = self.bindings[key], self.bindings.get((key[0], "scale"))
             if not isinstance(binding, Affine) or not isinstance(scale, Bound):
                 return False
             used = binding.jacobian != 0
             full = torch.broadcast_shapes(scale.index.shape, used.shape[:-1])
-            index = torch.stack([scale.index.double(), scale.coefficient], -1).expand((*full, 2))
+            index = scale.index.expand(full)
             used = used.expand((*full, used.shape[-1]))
             for column in range(used.shape[-1]):
-                pairs = torch.unique(index[used[..., column]].reshape(-1, 2), dim=0).tolist()
-                met.setdefault(column, set()).update((int(a), b) for a, b in pairs)
-        return all(len(pairs) <= 1 for pairs in met.values())
+                met.setdefault(column, set()).update(index[used[..., column]].unique().tolist())
+        return all(len(scales) <= 1 for scales in met.values())
 
     def _why_not(self, name: str, uses: Sequence[_Use], loose: Sequence[Key]) -> str:
         if loose:
@@ -278,23 +277,15 @@ class MStep:
         return self.bindings.get((use.site, other))
 
     def _one_scale(self, name: str, use: _Use) -> bool:
-        """Whether each entry of a location meets one scale, with one coefficient."""
+        """Whether each entry of a location meets one scale, times constants: it then cancels."""
         scale, loc = self._scale_binding(use), self.bindings[use.site, use.argument]
         if not isinstance(scale, Bound) or not isinstance(loc, Bound):
             return False
         matrix = self._family(use.site) == "MultivariateNormal"
         index = scale.index[..., 0, 0].unsqueeze(-1) if matrix else scale.index
-        factor = scale.coefficient[..., 0, 0].unsqueeze(-1) if matrix else scale.coefficient
         shape = torch.broadcast_shapes(index.shape, loc.index.shape)
         entry = loc.index.expand(shape).flatten()
-        met = torch.stack(
-            [
-                entry.double(),
-                index.expand(shape).flatten().double(),
-                factor.expand(shape).flatten(),
-            ],
-            1,
-        )
+        met = torch.stack([entry, index.expand(shape).flatten()], 1)
         pairs = torch.unique(met[entry >= 0], dim=0)
         return len(pairs) == len(pairs[:, 0].unique())
 

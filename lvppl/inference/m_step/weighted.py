@@ -16,6 +16,8 @@ from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent as TorchIndependent
 
+from lvppl.conjugate import Nodes
+
 __all__ = ["Peeled", "Weighted", "peel", "sum_to", "unexpanded"]
 
 
@@ -57,6 +59,8 @@ def peel(term: Weighted) -> Peeled:
             fn = fn.base_dist
         elif isinstance(fn, Independent | TorchIndependent):
             weight = weight.reshape(weight.shape + (1,) * fn.reinterpreted_batch_ndims)
+            fn = fn.base_dist
+        elif isinstance(fn, Nodes):
             fn = fn.base_dist
         else:
             break
