@@ -61,11 +61,14 @@ class Exact:
     """ln p(z, y) of every joint assignment, (states,), differentiable, and what it implies.
 
     `states` holds for every site the index into its support, (states, *shape in a trace). The scale
-    is common to all sites, and not in `log_joint`.
+    is common to all sites, and not in `log_joint`. `log_padding` is the part of it that belongs to
+    masked elements of latents, (states,): a mask takes them out of the program, so that they keep
+    their probabilities, which sum to one, at every temperature, and count nothing in a maximum.
     """
 
     scale: float
     log_joint: Tensor
+    log_padding: Tensor
     states: Mapping[str, Tensor]
     latents: Mapping[str, Latent]
 
@@ -76,11 +79,14 @@ class Exact:
 
     def tempered(self, temperature: float) -> Tensor:
         """T ln sum_z p(z, y)^(1/T)."""
-        return self.scale * temperature * (self.log_joint / temperature).logsumexp(0)
+        return self.scale * temperature * self._tempered(temperature).logsumexp(0)
+
+    def _tempered(self, temperature: float) -> Tensor:
+        return (self.log_joint - self.log_padding) / temperature + self.log_padding
 
     def weights(self, temperature: float = 1.0) -> Tensor:
         """p(z | y), or the distribution proportional to p(z, y)^(1/T), (states,)."""
-        return (self.log_joint.detach() / temperature).softmax(0)
+        return self._tempered(temperature).detach().softmax(0)
 
     def marginals(self, name: str, temperature: float = 1.0) -> Tensor:
         """p(z_i = k | y), (*plates, K)."""
@@ -105,12 +111,13 @@ class Exact:
 
     def map(self) -> tuple[dict[str, Tensor], Tensor]:
         """The best assignment, support values (*plates) by site, and its ln p(z, y)."""
-        best = int(self.log_joint.detach().argmax())
+        joint = self.log_joint - self.log_padding
+        best = int(joint.detach().argmax())
         values = {
             name: latent.support[self.states[name][best]].reshape(latent.plates)
             for name, latent in self.latents.items()
         }
-        return values, self.scale * self.log_joint[best]
+        return values, self.scale * joint[best]
 
 
 def _padded(shape: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -177,16 +184,14 @@ def brute_force(model: Model, args: Args) -> Exact:
     count = math.prod(len(latent.support) ** latent.size for latent in latents.values())
     assert count <= MAX_STATES, f"{count} joint states are too many for an oracle"
     states = list(_assignments(latents))
-    joint, scales = zip(
-        *(
-            log_joint(model, args, {name: latents[name].support[i] for name, i in state.items()})
-            for state in states
-        ),
-        strict=True,
-    )
+    values = [{name: latents[name].support[i] for name, i in state.items()} for state in states]
+    joint, scales = zip(*(log_joint(model, args, value) for value in values), strict=True)
+    kept = [log_joint(model, args, value, masked_latents=True)[0] for value in values]
     stacked = {name: torch.stack([state[name] for state in states]) for name in latents}
     (scale,) = set(scales)
-    return Exact(scale, torch.stack(joint), stacked, latents)
+    whole = torch.stack(joint)
+    padding = (whole - torch.stack(kept)).nan_to_num(0.0)  # -inf less -inf: impossible either way
+    return Exact(scale, whole, padding, stacked, latents)
 
 
 def expected_log_joint(

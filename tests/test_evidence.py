@@ -290,6 +290,8 @@ def test_the_best_assignment(program: Program):
 @every
 def test_a_temperature_near_zero_gives_the_best_assignment(program: Program):
     """Within T ln(states) in value; the runner-up has probability exp(-gap / T) < 1e-12."""
+    if program.masked_latents:
+        pytest.skip("masked elements of latents keep their prior at every temperature")
     started = program.start()
     exact = started.exact()
     values, best = exact.map()

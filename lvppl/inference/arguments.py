@@ -25,6 +25,12 @@ __all__ = [
 ]
 
 
+_FILL = (
+    "Fill or mask missing values before the fit, or pass strict=False where the program handles "
+    "them."
+)
+
+
 def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
@@ -62,14 +68,19 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def check_data(
-    data: tuple[Any, ...], batch_size: int | None, validation: tuple[Any, ...] | None, strict: bool
+    data: tuple[Any, ...],
+    batch_size: int | None,
+    validation: tuple[Any, ...] | None,
+    strict: bool,
+    *,
+    remedy: str = _FILL,
 ) -> int | None:
     """Refuse data that cannot be right; the batch size that is needed, None for all rows."""
     rows = num_rows(data)
     for what, args in (("data", data), ("validation", validation or ())):
         for place, value in enumerate(args):
             for tensor in tensors_in(value):
-                _check_tensor(f"{what} argument {place}", tensor, strict)
+                _check_tensor(f"{what} argument {place}", tensor, strict, remedy)
     if validation is not None and len(validation) != len(data):
         raise ProgramError(
             f"validation has {len(validation)} arguments but the training data have {len(data)}; "
@@ -86,15 +97,12 @@ def check_data(
     return batch_size if batch_size < rows else None
 
 
-def _check_tensor(name: str, tensor: Tensor, strict: bool) -> None:
+def _check_tensor(name: str, tensor: Tensor, strict: bool, remedy: str) -> None:
     if tensor.dim() > 0 and tensor.shape[0] == 0:
         raise ProgramError(f"{name} has no rows: its shape is {tuple(tensor.shape)}")
     if strict and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
-        raise ProgramError(
-            f"{name} has {float(tensor[tuple(where)])} at index {where}. Fill or mask missing "
-            "values before the fit, or pass strict=False where the program handles them."
-        )
+        raise ProgramError(f"{name} has {float(tensor[tuple(where)])} at index {where}. {remedy}")
 
 
 def shapes_of(args: tuple[Any, ...]) -> str:

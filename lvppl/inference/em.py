@@ -17,17 +17,22 @@ from lvppl.inference.arguments import check_counts, check_data, explained, named
 from lvppl.inference.e_step import Mode
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Problem, Settings
-from lvppl.inference.fit import moved, versions
+from lvppl.inference.fit import Fit, moved, versions
 from lvppl.inference.inner_latents import has_inner_latents
 from lvppl.inference.map_latents import MapLatents, continuous_latents, require_conjugate
 from lvppl.inference.minibatch import data_plates_of, gather, num_rows
+from lvppl.inference.missing import MissingValues
 from lvppl.inference.starts import INITS, start_of
 from lvppl.inference.state import FitState, modules_of
+from lvppl.inference.variational_em import alternate
 from lvppl.layout import layout_of
+from lvppl.objectives import ELBO
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.tracing import trace_pair, undisturbed
 
 __all__ = ["EM"]
+
+_NAN_REMEDY = 'fit(..., missing="nan") takes NaN as a missing value; or fill it before the fit.'
 
 Program = Callable[..., Any]
 
@@ -55,6 +60,10 @@ class EM:
 
     :param model: a Pyro program whose latents are discrete with finite support, marked for
         enumeration or not. Continuous latents shared by all data become parameters.
+    :param guide: q is then not the exact posterior but this program, and EM alternates gradient
+        steps of the ELBO over the guide's parameters and over the model's; see
+        :mod:`lvppl.inference.variational_em`.
+    :param objective: the ELBO of such a fit, to choose its number of particles.
     :param hard: q is the single best assignment z; ties go to the first state.
     :param temperature: T > 0 of deterministic annealing; a callable from the number of the
         iteration to T anneals (Ueda and Nakano 1998).
@@ -77,7 +86,9 @@ class EM:
     def __init__(
         self,
         model: Program,
+        guide: Program | None = None,
         *,
+        objective: ELBO | None = None,
         hard: bool = False,
         temperature: float | Callable[[int], float] | None = None,
         online: bool = False,
@@ -86,8 +97,18 @@ class EM:
         floor: float = 1e-6,
         num_gradient_steps: int = 20,
     ) -> None:
-        if not callable(model) or isinstance(model, type):
-            raise ProgramError(f"model must be a Pyro program (a callable), not {model!r}")
+        for role, program in (("model", model), ("guide", guide)):
+            if (role == "model" or program is not None) and (
+                not callable(program) or isinstance(program, type)
+            ):
+                raise ProgramError(f"{role} must be a Pyro program (a callable), not {program!r}")
+        if guide is not None and (hard or temperature or online or restarts > 1 or init != "model"):
+            raise ProgramError(
+                "hard, temperature, online, restarts and init belong to EM with an exact E-step: "
+                "leave them out with a guide."
+            )
+        if guide is None and objective is not None:
+            raise ProgramError("objective is the bound of a fit with a guide: give a guide too.")
         check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
         if init not in INITS:
             raise ProgramError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
@@ -104,6 +125,8 @@ class EM:
         if not isinstance(floor, int | float) or not 0 <= floor < math.inf:
             raise ProgramError(f"floor must be a number of at least 0, but is {floor!r}")
         self.model = model
+        self.guide = guide
+        self.objective = objective
         self.hard = hard
         self.temperature = temperature
         self.online = online
@@ -120,10 +143,11 @@ class EM:
         batch_size: int | None = None,
         seed: int | None = None,
         device: str | torch.device = "auto",
+        missing: str | None = None,
         callbacks: Sequence[Callable[[EMFit], Any]] = (),
         progress: bool = True,
         **kwargs: Any,
-    ) -> EMFit:
+    ) -> Fit:
         """Iterate until an iteration gains less than ``tol`` nats per datum.
 
         :param data: positional arguments of the model.
@@ -133,9 +157,13 @@ class EM:
             that of all rows together; for ``online`` it is the minibatch.
         :param seed: of the start; the same seed gives the same fit. None draws one.
         :param device: as in :meth:`lvppl.SVI.fit`.
+        :param missing: ``"nan"`` takes NaN in observed sites as missing values, which leave the
+            likelihood; None refuses them. ``fit.posterior`` then does the same.
         :param callbacks: each is called with the fit in progress after each iteration.
             ``StopIteration`` ends the fit.
         :param progress: show a progress bar, or a line now and then.
+        :returns: an :class:`EMFit`; with a guide, a :class:`Fit` whose history has the ELBO and the
+            KL after every half-step.
         :raises ProgramError: before the first iteration, where program, data or options do not fit;
             later where a datum becomes impossible under the model.
         """
@@ -145,14 +173,33 @@ class EM:
             raise ProgramError(f"tol must be a number of at least 0, but is {tol!r}")
         where, given = self._device(device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
-        batch_size = check_data(data, batch_size, None, True)
+        if missing not in (None, "nan"):
+            raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
+        batch_size = check_data(data, batch_size, None, missing is None, remedy=_NAN_REMEDY)
         if self.online and batch_size is None:
             raise ProgramError(
                 "online=True needs fit(..., batch_size=...): the minibatch of a step"
             )
         state = FitState(where if given else None)
+        if self.guide is not None:
+            if batch_size is not None or callbacks:
+                raise ProgramError("batch_size and callbacks are not for EM with a guide")
+            return alternate(
+                self.model,
+                self.guide,
+                data,
+                kwargs,
+                objective=self.objective,
+                max_iter=max_iter,
+                tol=float(tol),
+                num_gradient_steps=self.num_gradient_steps,
+                seed=seed,
+                state=state,
+                device=where,
+                progress=progress,
+            )
         try:
-            problem = self._prepare(state, data, kwargs, batch_size, seed, where)
+            problem = self._prepare(state, data, kwargs, batch_size, seed, where, missing)
             settings = Settings(
                 max_iter=max_iter,
                 tol=float(tol),
@@ -200,6 +247,7 @@ class EM:
         batch_size: int | None,
         seed: int,
         device: torch.device,
+        missing: str | None,
     ) -> Problem:
         """Make every parameter, refuse what EM cannot do, and find how each is maximised."""
         modules = modules_of(self.model)
@@ -211,9 +259,10 @@ class EM:
         ):
             with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
                 trace_pair(self.model, None, data, kwargs)
-            continuous = continuous_latents(self.model, data, kwargs)
+            model = MissingValues()(self.model) if missing else self.model
+            continuous = continuous_latents(model, data, kwargs)
             latents = MapLatents(continuous.shared)
-            program = latents(enumerating(ConjugateLatents(continuous.local)(self.model)))
+            program = latents(enumerating(ConjugateLatents(continuous.local)(model)))
             batches = _batches(self.model, data, kwargs, batch_size)
             with undisturbed():
                 layout = layout_of(program, None, batches[0], kwargs)
@@ -240,6 +289,7 @@ class EM:
                 floor=self.floor,
                 device=device,
                 integrated=continuous.local,
+                missing=missing,
             )
 
     # ---------------------------------------------------------------------------------- restarts
@@ -264,7 +314,7 @@ class EM:
                     number, loop.status, loop.reason, loop.best, loop.iteration, state.constrained()
                 )
             )
-            if best is None or not loop.best <= best[0].best:
+            if best is None or loop.best > best[0].best:
                 best = (loop, values)
             if loop.status == "interrupted":
                 break
@@ -298,6 +348,7 @@ class EM:
                     "tol": settings.tol,
                     "map_latents": sorted(problem.latents.names),
                     "integrated_latents": sorted(problem.integrated),
+                    "missing": problem.missing,
                 },
             )
 

@@ -16,6 +16,7 @@ from lvppl.errors import ProgramError
 from lvppl.inference.fit import Fit, History
 from lvppl.inference.m_step import MStepTable
 from lvppl.inference.map_latents import MapLatents
+from lvppl.inference.missing import MissingValues
 from lvppl.inference.state import FitState
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ class EMFit(Fit):
         """The model with its continuous latents as the fit took them."""
         shared = self.settings.get("map_latents", ())
         local = self.settings.get("integrated_latents", ())
-        return MapLatents(shared)(ConjugateLatents(local)(self.model))
+        model = MissingValues()(self.model) if self.settings.get("missing") else self.model
+        return MapLatents(shared)(ConjugateLatents(local)(model))
 
     def posterior(self, *data: Any, temperature: float = 1.0, **kwargs: Any) -> ExactPosterior:  # type: ignore[override]
         """The exact posterior of the latents for these data, which may be new.

@@ -26,6 +26,7 @@ from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.progress import Progress
+from lvppl.inference.reseed import dead_components, reseed
 from lvppl.inference.state import FitState
 from lvppl.layout import Layout, layout_of
 from lvppl.seeding import derived_seed
@@ -33,6 +34,9 @@ from lvppl.seeding import derived_seed
 __all__ = ["Loop", "Problem", "Settings"]
 
 Batch = tuple[Any, ...]
+
+_MOST_RESEEDS = 20
+"""In one run; a component that dies again and again is one too many."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Problem:
     device: torch.device
     integrated: tuple[str, ...] = ()
     """Continuous latents of each datum, integrated out."""
+    missing: str | None = None
+    """``"nan"`` where NaN is a missing value."""
     kernels: dict[Any, FastMixture | None] = field(default_factory=dict)
     by_data: bool = False
     """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
@@ -65,6 +71,7 @@ class Problem:
         floor: float,
         device: torch.device,
         integrated: tuple[str, ...] = (),
+        missing: str | None = None,
     ) -> Problem:
         parameters = Parameters(tensors, constraints)
         unplanned: Any = None
@@ -78,6 +85,7 @@ class Problem:
             floor,
             device,
             integrated,
+            missing,
         )
         problem.m_step = problem.plan()
         return problem
@@ -177,6 +185,8 @@ class Loop:
         self.objectives: list[float] = []
         self.status, self.reason = "running", "the fit is in progress"
         self.best = -math.inf
+        self.reseeded: list[str] = []
+        self._moved = False
         self._averaged: Statistics | None = None
         self._step_number = 0
 
@@ -189,7 +199,7 @@ class Loop:
                     stop = self._iterate()
                 if stop == "decreased":
                     self.state.assign(*kept)
-                elif self.objectives:
+                elif self.objectives and math.isfinite(self.objectives[-1]):
                     self.best = self.objectives[-1]
                 if self.status == "running":
                     kept = self._before
@@ -227,7 +237,18 @@ class Loop:
             return self.status
         self._maximise(statistics, terms)
         self.iteration += 1
+        self._revive(statistics)
         return ""
+
+    def _revive(self, statistics: Statistics) -> None:
+        """Start components without data again, and remember that values cannot be compared."""
+        self._moved = False
+        dead = dead_components(self.problem.m_step, statistics)
+        if not dead or len(self.reseeded) + len(dead) > _MOST_RESEEDS:
+            return
+        reseed(self.problem, self.mode, dead)
+        self.reseeded += [f"{one} in iteration {self.iteration}" for one in dead]
+        self._moved = True
 
     def _expectation(self) -> tuple[float, Statistics, list[dict[str, Tensor]]]:
         problem, mode = self.problem, self.mode
@@ -277,7 +298,7 @@ class Loop:
         tracked = self.mode.tracked
         if not math.isfinite(objective):
             self._stop("diverged", f"{tracked} is {objective} after {self.iteration} iterations")
-        elif len(values) > 1 and not _is_moving(settings, self.iteration):
+        elif len(values) > 1 and not self._moved and not _is_moving(settings, self.iteration):
             gain = values[-1] - values[-2]
             slack = self._rounding() * max(1.0, abs(values[-1]))
             per_datum = gain / self.problem.num_data
@@ -302,6 +323,8 @@ class Loop:
         return 1e-10 if dtypes <= {torch.float64} else 2e-6
 
     def _stop(self, status: str, reason: str) -> None:
+        if self.reseeded:
+            reason += f"; without data, and started again: {', '.join(self.reseeded)}"
         self.status, self.reason = status, reason
 
     def _call_back(self) -> None:

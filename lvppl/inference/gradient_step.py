@@ -30,7 +30,11 @@ def raise_by_gradient(
         start = objective()
     scale = max(1.0, float(start.abs()))
     optimizer = torch.optim.LBFGS(
-        leaves, lr=1.0, max_iter=num_steps, line_search_fn="strong_wolfe", tolerance_grad=1e-9
+        leaves,
+        max_iter=num_steps,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-12,
+        tolerance_change=1e-14,
     )
 
     def closure() -> Tensor:

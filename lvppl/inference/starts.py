@@ -13,7 +13,7 @@ from lvppl.factor_graph import FactorGraph
 from lvppl.inference.e_step import Expectation
 from lvppl.tracing import is_discrete, plates_of
 
-__all__ = ["INITS", "choose_centres", "start_of"]
+__all__ = ["INITS", "choose_centres", "features_of", "start_of"]
 
 INITS = ("model", "kmeans++", "random")
 
@@ -53,7 +53,7 @@ def _assignments(
     hard: bool,
 ) -> dict[str, Tensor]:
     """For each latent that explains observed vectors, q of its states: (*plates, K)."""
-    features = {name: _features(graph, name) for name in graph.latents}
+    features = {name: features_of(graph, name) for name in graph.latents}
     groups: dict[tuple[int, int], list[str]] = {}
     for name, feature in features.items():
         if feature is not None:
@@ -75,7 +75,7 @@ def _assignments(
     return q
 
 
-def _features(graph: FactorGraph, name: str) -> Tensor | None:
+def features_of(graph: FactorGraph, name: str) -> Tensor | None:
     """The vectors that a latent explains, (*plates, features)."""
     latent = graph.latents[name]
     symbol = latent["infer"]["_enumerate_dim"]
@@ -83,7 +83,7 @@ def _features(graph: FactorGraph, name: str) -> Tensor | None:
     for site in graph.sites.values():
         ids = site["infer"].get("_dim_to_id", {})
         own = latent["infer"]["_dim_to_id"][symbol]
-        if not site["is_observed"] or own not in ids.values() or is_discrete_label(site):
+        if not site["is_observed"] or own not in ids.values() or _is_label(site):
             continue
         log_prob = graph.run.log_prob(site)
         here = {plate.name for plate in plates_of(site)}
@@ -99,7 +99,7 @@ def _features(graph: FactorGraph, name: str) -> Tensor | None:
     return None
 
 
-def is_discrete_label(site: Mapping[str, Any]) -> bool:
+def _is_label(site: Mapping[str, Any]) -> bool:
     """Whether values are names of classes, whose distance means nothing."""
     fn = site["fn"]
     while hasattr(fn, "base_dist"):

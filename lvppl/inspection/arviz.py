@@ -12,28 +12,26 @@ parameters are points it has no meaning, and the export says so.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.inference.em_fit import EMFit
 from lvppl.inference.posterior import (
     Posterior,
     complete,
     observed_values,
     sample_posterior,
-    sample_prior,
 )
 from lvppl.inference.psis import khat_threshold, psis
+from lvppl.inspection.arviz_em import em_to_arviz
+from lvppl.inspection.export import HELD_OUT, Export, attributes_of, inside, plain
 from lvppl.seeding import RandomStream
 from lvppl.terms import Site, Terms, trace_terms
 from lvppl.tracing import is_point, undisturbed
@@ -41,13 +39,6 @@ from lvppl.tracing import is_point, undisturbed
 __all__ = ["to_arviz"]
 
 Program = Callable[..., Any]
-Array = NDArray[Any]
-
-HELD_OUT = "use log_likelihood on held-out data instead"
-R_HAT = (
-    "no meaning: draws are independent draws from the guide in a single chain; r_hat says nothing "
-    "about how close the guide is to the posterior"
-)
 
 
 def to_arviz(
@@ -77,6 +68,12 @@ def to_arviz(
     * only local latents, parameters as points: LOO has no meaning; ``log_likelihood`` is then
       conditional on the local draws.
 
+    A fit by :class:`lvppl.EM` has exact draws of its latents as its posterior, and what has no
+    draws without chain and draw: ``log_likelihood`` is ln p(y_n) of each datum, latents summed out;
+    group ``responsibilities`` holds the posterior marginals, ``<site>_responsibilities``, (plates,
+    ``<site>_state``); ``parameters`` the point estimates; ``restarts`` the objective, status and
+    parameters of each start along the dimension ``restart``: starts are no chains.
+
     Args:
         fit: a fit; its ``model``, ``guide`` and parameters are used.
         data: the arguments of model and guide: those of training, or new ones.
@@ -99,7 +96,10 @@ def to_arviz(
     """
     if num_inner < 2:
         raise ProgramError(f"num_inner must be at least 2, not {num_inner}")
-    with _inside(fit, data) as data:
+    if isinstance(fit, EMFit):
+        options: dict[str, Any] = {"num_samples": num_samples, "prior": prior, "seed": seed}
+        return em_to_arviz(fit, *data, coords=coords, batch_size=batch_size, **options, **kwargs)
+    with inside(fit, data) as data:
         pair = _Pair.of(fit.model, fit.guide, data, kwargs)
         if not pair.is_global:
             draws, notes = _local(pair, num_samples, batch_size, seed)
@@ -107,16 +107,16 @@ def to_arviz(
             draws, notes = _global_and_local(pair, num_samples, num_inner, seed)
         else:
             draws, notes = _global(pair, num_samples, seed)
-        export = _Export(coords or {})
-        export.posterior(draws, _point_estimates(fit))
+        export = Export(coords or {})
+        _add_draws(export, draws, _point_estimates(fit))
         if prior and not pair.factors:
             export.prior(fit.model, data, kwargs, num_samples, seed)
         elif prior:
             why = f"no prior groups: pyro.factor {', '.join(pair.factors)} cannot be sampled"
             draws = replace(draws, notes=(*draws.notes, why))
-        export.constants(pair, draws)
-    attrs = {**_attributes(fit, seed), **notes, "notes": "; ".join(draws.notes)}
-    return export.convert({name: _plain(value) for name, value in attrs.items()})
+        export.observed(pair.model, data, kwargs, draws.observed, draws.plates)
+    attrs = {**attributes_of(fit, seed), **notes, "notes": "; ".join(draws.notes)}
+    return export.convert(plain(attrs))
 
 
 # ----------------------------------------------------------------------------- what kind of program
@@ -500,189 +500,22 @@ def _is_constant(value: Tensor | None) -> bool:
 # ------------------------------------------------------------------------------------- converting
 
 
-class _Export:
-    """Groups of named arrays with named dimensions, converted once."""
-
-    def __init__(self, coords: Mapping[str, Sequence[Any]]) -> None:
-        self._coords = coords
-        self._groups: dict[str, dict[str, tuple[list[str], Array]]] = {}
-        self._attrs: dict[str, dict[str, Any]] = {}
-
-    def posterior(self, draws: _Draws, point_estimates: Mapping[str, Tensor]) -> None:
-        samples, note = draws.samples, ""
-        if not samples:
-            # ArviZ's functions need a posterior; that of a program without latents is a point.
-            count = len(draws.stats["log_p"])
-            samples = {n: v.expand(count, *v.shape) for n, v in point_estimates.items()}
-            note = "no latent sites: point estimates of the parameters, repeated"
-        self._drawn("posterior", samples, draws.plates)
-        if note:
-            self._attrs["posterior"] = {"posterior": note}
-        self._drawn("posterior_predictive", draws.predictive, draws.plates)
-        self._drawn(
-            "log_likelihood",
-            draws.log_likelihood,
-            {n: draws.joint_plates or draws.plates[n] for n in draws.log_likelihood},
-        )
-        self._attrs["log_likelihood"] = {"log_likelihood": draws.likelihood_note, "units": "nats"}
-        self._drawn("sample_stats", draws.stats, dict.fromkeys(draws.stats, draws.stat_plates))
-        for name, value in draws.observed.items():
-            self._add("observed_data", name, value, draws.plates[name], [])
-
-    def prior(
-        self,
-        model: Program,
-        data: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        num_samples: int,
-        seed: int | None,
-    ) -> None:
-        drawn = sample_prior(model, *data, num_samples=num_samples, seed=seed, **kwargs)
-        self._drawn("prior", drawn.samples, drawn.plates)
-        self._drawn("prior_predictive", drawn.predictive, drawn.plates)
-
-    def constants(self, pair: _Pair, draws: _Draws) -> None:
-        """The arguments of the model that are not what it observes."""
-        sizes = {
-            plate: value.shape[i]
-            for name, value in draws.observed.items()
-            for i, plate in enumerate(draws.plates[name])
-        }
-        for name, value in _arguments(pair).items():
-            if any(_same_values(value, seen) for seen in draws.observed.values()):
-                continue
-            rows = [plate for plate, size in sizes.items() if value.shape[:1] == (size,)]
-            self._add("constant_data", name, value, tuple(rows[:1]), [])
-
-    def _drawn(
-        self,
-        group: str,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, tuple[str, ...]],
-    ) -> None:
-        for name, value in values.items():
-            self._add(group, name, value[None], plates.get(name, ()), ["chain", "draw"])
-
-    def _add(
-        self, group: str, name: str, value: Tensor, plates: tuple[str, ...], leading: list[str]
-    ) -> None:
-        array = value.detach().cpu().numpy()
-        variable = name.replace("/", "|")  # netCDF reads a slash as a group
-        events = array.ndim - len(leading) - len(plates)
-        dims = [*leading, *plates, *(f"{variable}_dim_{i}" for i in range(events))]
-        self._groups.setdefault(group, {})[variable] = (dims, array)
-
-    def convert(self, attrs: Mapping[str, Any]) -> Any:
-        """One dataset a group; InferenceData before ArviZ 1.0, DataTree from then on.
-
-        Datasets are built here and not by ``az.from_dict``, whose dimension names go by variable:
-        one site has event dimensions in observed_data and none in log_likelihood.
-        """
-        import arviz as az
-        import xarray as xr
-
-        datasets = {}
-        for group, variables in self._groups.items():
-            renamed = {
-                name: ([_free(dim, variables) for dim in dims], array)
-                for name, (dims, array) in variables.items()
-            }
-            dataset = xr.Dataset(renamed, coords=self._labels(renamed))
-            dataset.attrs = {**attrs, **self._attrs.get(group, {})}
-            datasets[group] = dataset
-        if int(az.__version__.split(".")[0]) >= 1:
-            tree = xr.DataTree.from_dict(datasets)
-            tree.attrs = dict(attrs)
-            return tree
-        return az.InferenceData(attrs=dict(attrs), **cast(Any, datasets))
-
-    def _labels(self, variables: Mapping[str, tuple[list[str], Array]]) -> dict[str, Any]:
-        labels: dict[str, Any] = {}
-        for dims, array in variables.values():
-            for dim, size in zip(dims, array.shape, strict=True):
-                given = self._coords.get(dim)
-                if given is not None and len(given) != size:
-                    raise ProgramError(
-                        f"coords[{dim!r}] has {len(given)} labels for {size} elements"
-                    )
-                labels[dim] = np.arange(size) if given is None else np.asarray(given)
-        return labels
-
-
-def _free(dim: str, variables: Mapping[str, Any]) -> str:
-    """xarray refuses a dimension that bears the name of a variable in the same group."""
-    return f"{dim}_plate" if dim in variables else dim
-
-
-def _arguments(pair: _Pair) -> dict[str, Tensor]:
-    """Tensor (or array) arguments of the model by their names in its signature."""
-    program = getattr(pair.model, "forward", pair.model)
-    try:
-        bound = inspect.signature(program).bind(*pair.data, **pair.kwargs).arguments
-    except (TypeError, ValueError):
-        bound = {f"argument_{i}": value for i, value in enumerate(pair.data)}
-        bound.update(pair.kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        if (
-            isinstance(value, tuple)
-            and value == pair.data[-len(value) :]
-            and name not in pair.kwargs
-        ):
-            named.update({f"{name}_{i}": item for i, item in enumerate(value)})
-        elif isinstance(value, dict):
-            named.update(value)
-        else:
-            named[name] = value
-    return {
-        name: torch.as_tensor(value)
-        for name, value in named.items()
-        if isinstance(value, Tensor | np.ndarray)
-    }
-
-
-def _same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether an argument is what a site observes, up to a reshape."""
-    if first.numel() != second.numel():
-        return False
-    first, second = first.reshape(-1).cpu(), second.reshape(-1).cpu()
-    kind = torch.promote_types(first.dtype, second.dtype)
-    return torch.equal(first.to(kind).nan_to_num(), second.to(kind).nan_to_num())
-
-
-# ----------------------------------------------------------------------------------- about the fit
-
-
-def _inside(fit: Any, data: tuple[Any, ...]) -> AbstractContextManager[tuple[Any, ...]]:
-    """The parameter state of a fit, its buffers kept, with the data on its device.
-
-    A plain record of model and guide runs in the parameter store as it is.
-    """
-    enter = getattr(fit, "_inside", None)
-    return nullcontext(data) if enter is None else enter(data)
+def _add_draws(export: Export, draws: _Draws, point_estimates: Mapping[str, Tensor]) -> None:
+    samples = draws.samples
+    if not samples:
+        # ArviZ's functions need a posterior; that of a program without latents is a point.
+        count = len(draws.stats["log_p"])
+        samples = {n: v.expand(count, *v.shape) for n, v in point_estimates.items()}
+        note = "no latent sites: point estimates of the parameters, repeated"
+        export.describe("posterior", posterior=note)
+    export.drawn("posterior", samples, draws.plates)
+    export.drawn("posterior_predictive", draws.predictive, draws.plates)
+    plates = {n: draws.joint_plates or draws.plates[n] for n in draws.log_likelihood}
+    export.drawn("log_likelihood", draws.log_likelihood, plates)
+    export.describe("log_likelihood", log_likelihood=draws.likelihood_note, units="nats")
+    export.drawn("sample_stats", draws.stats, dict.fromkeys(draws.stats, draws.stat_plates))
 
 
 def _point_estimates(fit: Any) -> dict[str, Tensor]:
     params = getattr(fit, "params", None) or {}
     return {name: torch.as_tensor(value).detach() for name, value in params.items()}
-
-
-def _attributes(fit: Any, seed: int | None) -> dict[str, Any]:
-    objective = getattr(fit, "objective", "unknown")
-    return {
-        "inference_library": "lvppl",
-        "inference_library_version": getattr(fit, "versions", {}).get("lvppl", "unknown"),
-        "method": "stochastic variational inference",
-        "objective": objective if isinstance(objective, str) else type(objective).__name__,
-        "status": getattr(fit, "status", "unknown"),
-        "reason": getattr(fit, "reason", ""),
-        "seed": getattr(fit, "seed", None),
-        "draws_seed": seed,
-        "draws": "independent draws from the guide",
-        "r_hat": R_HAT,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """A value that netCDF stores: whole numbers, floats and text; the rest as text."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

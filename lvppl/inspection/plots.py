@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lvppl.errors import ProgramError
@@ -57,11 +58,13 @@ def training_curve(fit: Any, ax: Axes | None = None) -> Axes:
 
         -ELBO = rate + distortion        (nats per datum)
 
-    A history without an ELBO (a foreign loss) shows its loss at each step.
+    A fit by EM shows what it raises, such as ln p(y), before each iteration and after the last. A
+    history without an ELBO (a foreign loss) shows its loss at each step.
 
     Args:
         fit: a fit, or its ``history``: a mapping with ``elbo``, and ``rate``, ``distortion``,
-            ``epoch``, ``validation_elbo`` where there are any. Arrays of shape (epochs,).
+            ``epoch``, ``validation_elbo`` where there are any. Arrays of shape (epochs,). Of EM,
+            ``objective``, (iterations + 1,).
         ax: axes to draw in.
 
     Raises:
@@ -69,6 +72,8 @@ def training_curve(fit: Any, ax: Axes | None = None) -> Axes:
     """
     history = fit if isinstance(fit, Mapping) else fit.history
     ax = _axes(ax, (6.0, 3.8))
+    if "objective" in history:
+        return _objective_curve(history, getattr(fit, "tracked", "objective"), ax)
     if "elbo" not in history:
         return _loss_curve(history, ax)
     elbo = _array(history["elbo"])
@@ -97,6 +102,15 @@ def training_curve(fit: Any, ax: Axes | None = None) -> Axes:
     _label(ax, "epoch", "nats per datum")
     # Above the axes, where no curve can run into it.
     _legend(ax, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
+    return ax
+
+
+def _objective_curve(history: Mapping[str, Any], tracked: str, ax: Axes) -> Axes:
+    objective = _array(history["objective"])
+    marker = "o" if len(objective) < 12 else None
+    ax.plot(np.arange(len(objective)), objective, color=INK, linewidth=1.8, marker=marker)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(ax, "iteration", f"{tracked}, nats")
     return ax
 
 

@@ -51,6 +51,7 @@ ESTIMATES = {"importance": estimate(-31.0, 0.3), "naive": estimate(-48.0, 6.0)}
 DRAWINGS: dict[str, Callable[..., Axes]] = {
     "training_curve": lambda ax=None: training_curve(HISTORY, ax),
     "loss": lambda ax=None: training_curve({"loss": HISTORY["loss"]}, ax),
+    "objective": lambda ax=None: training_curve({"objective": -np.exp(-EPOCHS)}, ax),
     "image_grid": lambda ax=None: image_grid(RNG.random((7, 8, 8)), ax, title="samples"),
     "reconstructions": lambda ax=None: reconstructions(
         RNG.random((5, 64)), RNG.random((5, 64)), ax
@@ -113,6 +114,18 @@ def test_training_curve_keeps_its_end_in_view_and_takes_a_fit() -> None:
     for line in ax.lines:
         assert low <= line.get_ydata()[-1] <= high
     assert high < -HISTORY["elbo"][0]  # the first epoch would flatten the rest
+
+
+def test_training_curve_of_em_is_its_objective_at_each_iteration() -> None:
+    objective = np.array([-9.0, -7.5, -7.25, -7.2])
+    history = {"objective": objective, "loss": -objective}
+    ax = training_curve(types.SimpleNamespace(history=history, tracked="hard ELBO"))
+    (line,) = ax.lines
+    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_array_equal(line.get_ydata(), objective)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("iteration", "hard ELBO, nats")
+    ax.figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
 
 
 def test_one_epoch_can_be_seen() -> None:

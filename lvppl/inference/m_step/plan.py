@@ -377,12 +377,17 @@ class MStep:
                     a, b = (self._mine(name, total, key) for key in ("success", "failure"))
                     self._set(name, use.image, forms.probabilities(a, b))
         self._gammas(total)
-        for name in self._with("rate"):
+        for name in self.with_role("rate"):
             power, slope = (self._mine(name, total, key) for key in ("power", "slope"))
             self._set(name, self._uses[name][0].image, forms.rates(power, slope))
         self._gaussians(total)
 
-    def _with(self, role: str) -> list[str]:
+    def image(self, name: str) -> Image:
+        """How distributions see a parameter."""
+        return self._uses[name][0].image
+
+    def with_role(self, role: str) -> list[str]:
+        """Parameters that have a formula in this role."""
         return [
             name
             for name, step in self._steps.items()
@@ -425,11 +430,11 @@ class MStep:
         cells = total.cells.get("gamma")
         if cells is None:
             return
-        names = self._with("concentration")
+        names = self.with_role("concentration")
         free = torch.zeros(self.parameters.num_entries, dtype=torch.bool, device=total.device)
         rates = {
             self.parameters[n].offset + i
-            for n in self._with("rate")
+            for n in self.with_role("rate")
             for i in range(self.parameters[n].size)
         }
         for index in cells.keys[:, 0].unique().tolist():
@@ -457,7 +462,7 @@ class MStep:
                 self._regression(int(form.split()[1]), cells, total)
             elif form.startswith("mvn"):
                 self._mvns(cells, int(form.split()[1]))
-        for name in self._with("scale"):
+        for name in self.with_role("scale"):
             n, second = (self._mine(name, total, key) for key in ("scale n", "scale second"))
             value = forms.scales(n, second)
             floor = self._floor(name)
@@ -470,7 +475,7 @@ class MStep:
 
     def _normals(self, cells: Cells, total: Statistics) -> None:
         step = forms.locations(cells, self.parameters.num_entries)
-        for name in self._with("location"):
+        for name in self.with_role("location"):
             if self._family(self._uses[name][0].site) == "Normal":
                 self._moved_by(name, step)
         forms.scale_totals(forms.moved(cells, step), total)
@@ -498,12 +503,12 @@ class MStep:
         )
         keep = rows >= 0
         by_entry[rows[keep]] = steps[keep]
-        for name in self._with("location"):
+        for name in self.with_role("location"):
             if self._family(self._uses[name][0].site) == "MultivariateNormal":
                 self._moved_by(name, by_entry)
         cells = forms.mvn_moved(cells, rows, steps, dim)
         patterns, n, second = forms.mvn_covariances(cells, dim)
-        for name in self._with("cholesky"):
+        for name in self.with_role("cholesky"):
             self._covariance(name, patterns, n, second, dim)
 
     def _covariance(self, name: str, patterns: Tensor, n: Tensor, second: Tensor, dim: int) -> None:

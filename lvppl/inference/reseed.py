@@ -1,0 +1,115 @@
+"""Components that no datum belongs to any more, and where they start again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvppl.factor_graph import FactorGraph
+from lvppl.inference.e_step import Mode
+from lvppl.inference.m_step import MStep
+from lvppl.inference.m_step.statistics import Statistics
+from lvppl.inference.starts import features_of
+
+__all__ = ["Dead", "dead_components", "reseed"]
+
+_LEAST_MASS = 1e-3
+"""Data that a component needs to live on."""
+
+
+@dataclass(frozen=True)
+class Dead:
+    """One row of a location without data."""
+
+    parameter: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"component {self.row} of '{self.parameter}'"
+
+
+def dead_components(m_step: MStep, statistics: Statistics) -> list[Dead]:
+    """Rows of locations whose expected number of data is next to nothing."""
+    mass = torch.full((statistics.num_entries,), torch.nan, dtype=torch.float64)
+    for form, cells in statistics.cells.items():
+        if form.startswith("mvn"):
+            dim = int(form.split()[1])
+            index, n = cells.keys[:, :dim], cells.values["n"].unsqueeze(-1).expand(-1, dim)
+        elif form == "normal":
+            index, n = cells.keys[:, 0], cells.values["n"]
+        else:
+            continue
+        index, n = index.reshape(-1).cpu(), n.reshape(-1).cpu()
+        bound = index >= 0
+        mass[index[bound]] = mass[index[bound]].nan_to_num(0.0)
+        mass.index_add_(0, index[bound], n[bound])
+    dead = []
+    for name in m_step.with_role("location"):
+        parameter = m_step.parameters[name]
+        shape = parameter.value.shape
+        if len(shape) < 1 or shape[0] < 2:
+            continue
+        rows = mass[parameter.offset : parameter.offset + parameter.size].reshape(shape[0], -1)
+        found = (rows < _LEAST_MASS).all(-1) & (rows >= 0).all(-1)
+        dead += [Dead(name, int(row)) for row in found.nonzero()]
+    return dead
+
+
+def reseed(problem: Any, mode: Mode, dead: list[Dead]) -> None:
+    """Put dead components on the data that the others explain worst, as wide as the data are.
+
+    Only the first batch is looked at. What cannot be placed is left as it is.
+    """
+    batch, m_step = problem.batches[0], problem.m_step
+    layout = problem.layout(batch)
+    graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
+    worst = graph.log_evidence().argsort()
+    vectors = next(
+        (f for f in (features_of(graph, name) for name in graph.latents) if f is not None), None
+    )
+    if vectors is None:
+        return
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    if len(rows) == len(worst):
+        rows = rows[worst]
+    spread = rows.std(0, correction=0).clamp(min=torch.finfo(rows.dtype).tiny)
+    used = 0
+    for one in dead:
+        parameter = m_step.parameters[one.parameter]
+        value = parameter.value.clone()
+        if value[one.row].numel() != rows.shape[-1] or used >= len(rows):
+            continue
+        value[one.row] = rows[used].reshape(value[one.row].shape).to(value)
+        parameter.set(value)
+        used += 1
+        _widen(m_step, one.row, len(value), spread)
+        _give_weight(m_step, one.row, len(value))
+
+
+def _widen(m_step: MStep, row: int, count: int, spread: Tensor) -> None:
+    for name in m_step.with_role("scale"):
+        parameter, image = m_step.parameters[name], m_step.image(name)
+        seen = image.forward(parameter.value.double()).clone()
+        if seen.dim() > 0 and seen.shape[0] == count:
+            width = spread if seen[row].numel() == len(spread) else spread.mean()
+            seen[row] = width.reshape(seen[row].shape) if width.dim() else width
+            parameter.set(image.inverse(seen))
+    for name in m_step.with_role("cholesky"):
+        parameter, image = m_step.parameters[name], m_step.image(name)
+        seen = image.forward(parameter.value.double()).clone()
+        if seen.dim() == 3 and seen.shape[0] == count and seen.shape[-1] == len(spread):
+            seen[row] = torch.diag(spread.to(seen))
+            parameter.set(image.inverse(seen))
+
+
+def _give_weight(m_step: MStep, row: int, count: int) -> None:
+    for name in m_step.with_role("simplex"):
+        parameter, image = m_step.parameters[name], m_step.image(name)
+        seen = image.forward(parameter.value.double()).clone()
+        if seen.shape[-1] == count:
+            low = seen[..., row] < 1 / count
+            seen[..., row] = torch.where(low, 1 / count, seen[..., row])
+            parameter.set(image.inverse(seen / seen.sum(-1, keepdim=True)))

@@ -1,0 +1,218 @@
+r"""EM as alternating maximisation of the ELBO, with a guide for q.
+
+.. math:: \ln p_θ(y) = \mathrm{ELBO}(θ, φ) + KL(q_φ(z | y), p_θ(z | y))
+
+The E-step raises the ELBO over the guide's parameters φ, the M-step over the model's θ; neither
+changes the other's. Where the model can be summed exactly, ln p(y) and with it the KL are known
+after every half-step: an E-step lowers the KL at fixed ln p(y), an M-step raises the ELBO.
+
+A guide that is enumerated has an exact ELBO. Otherwise its expectation is over draws that stay the
+same for the whole fit, so that each half-step climbs one function (a sample average approximation).
+
+Source: Neal and Hinton 1998, "A view of the EM algorithm that justifies incremental, sparse, and
+other variants".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from lvppl.checks import check
+from lvppl.errors import ProgramError
+from lvppl.evidence import log_evidence
+from lvppl.inference.fit import Fit, History, versions
+from lvppl.inference.gradient_step import raise_by_gradient
+from lvppl.inference.progress import Progress
+from lvppl.inference.state import FitState, modules_of
+from lvppl.objectives import ELBO
+from lvppl.seeding import derived_seed, seeded
+from lvppl.tracing import trace_pair
+
+__all__ = ["HalfSteps", "alternate"]
+
+Program = Callable[..., Any]
+
+_PARTICLES = 16
+
+
+class HalfSteps(History):
+    """``elbo``, ``kl`` and ``log_evidence`` after every half-step, in nats, summed over the data.
+
+    The first entry is before the first; then the E-step and the M-step of each iteration in turn.
+    ``kl`` and ``log_evidence`` are there where the model can be summed exactly. ``objective`` is
+    the ELBO after each M-step, ``loss`` its negative.
+    """
+
+    def __init__(self, elbo: list[float], evidence: list[float]) -> None:
+        after = elbo[::2]
+        super().__init__(-torch.tensor(after, dtype=torch.float64), ())
+        self._more = {"elbo": np.array(elbo), "objective": np.array(after)}
+        if not any(math.isnan(value) for value in evidence):
+            self._more["log_evidence"] = np.array(evidence)
+            self._more["kl"] = np.array(evidence) - np.array(elbo)
+
+    @property
+    def _arrays(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+        return {"loss": -self._more["objective"], **self._more}
+
+
+def alternate(
+    model: Program,
+    guide: Program,
+    data: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    objective: ELBO | None,
+    max_iter: int,
+    tol: float,
+    num_gradient_steps: int,
+    seed: int,
+    state: FitState,
+    device: torch.device,
+    progress: bool,
+) -> Fit:
+    """Half-steps until an iteration gains less than ``tol`` nats per datum; see :class:`lvppl.EM`.
+
+    Raises:
+        ProgramError: model and guide do not fit each other, or one has no parameter.
+    """
+    try:
+        with state.active(), seeded(derived_seed(seed, "prepare"), device):
+            state.add_modules(modules_of(model, guide))
+            with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
+                trace_pair(model, guide, data, kwargs)
+            check(model, guide, *data, **kwargs)
+            state.claim()
+            phi, theta = _split(guide, state, data, kwargs)
+        bound = _Bound(model, guide, data, dict(kwargs), objective, seed, device)
+        with state.active(), state.buffers_preserved():
+            run = _climb(bound, phi, theta, max_iter, tol, num_gradient_steps, progress)
+        status, reason, elbo, evidence = run
+        state.finish()
+    finally:
+        state.finish()
+    iterations = (len(elbo) - 1) // 2
+    return Fit(
+        model=model,
+        guide=guide,
+        objective=bound.objective,
+        status=status,
+        reason=reason,
+        seed=seed,
+        num_steps=iterations,
+        num_epochs=iterations,
+        history=HalfSteps(elbo, evidence),
+        versions=versions(),
+        settings={"batch_size": None, "tol": tol, "device": str(device), "strict": True},
+        state=state,
+        prototype=(data, dict(kwargs)),
+    )
+
+
+class _Bound:
+    """The ELBO as one function of the parameters: the same draws at every call."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        data: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        objective: ELBO | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.guide, self.data, self.kwargs = model, guide, data, kwargs
+        self.objective = objective or ELBO(num_particles=_PARTICLES)
+        self.seed, self.device = derived_seed(seed, "draws"), device
+
+    def __call__(self) -> Tensor:
+        with seeded(self.seed, self.device):
+            loss = self.objective.differentiable_loss(
+                self.model, self.guide, *self.data, **self.kwargs
+            )
+        return -loss
+
+    def value(self) -> float:
+        with torch.no_grad():
+            return float(self())
+
+    def evidence(self) -> float:
+        """ln p(y), or NaN where the model has no exact sum."""
+        try:
+            with torch.no_grad():
+                return float(log_evidence(self.model, *self.data, **self.kwargs))
+        except ProgramError:
+            return math.nan
+
+    def num_data(self) -> int:
+        report = self.objective.report(self.model, self.guide, *self.data, **self.kwargs)
+        return max(len(report.elbo.per_datum), 1)
+
+
+def _split(
+    guide: Program, state: FitState, data: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The guide's parameters, and the others, which are the model's."""
+    with torch.no_grad(), poutine.block():
+        names = poutine.trace(guide, param_only=True).get_trace(*data, **kwargs).param_nodes
+    store = pyro.get_param_store()
+    known = {id(store._params[name]) for name in names if name in store._params}
+    tensors = state.tensors()
+    phi = [tensor for tensor in tensors.values() if id(tensor) in known]
+    theta = [tensor for tensor in tensors.values() if id(tensor) not in known]
+    for role, found in (("guide", phi), ("model", theta)):
+        if not found:
+            raise ProgramError(
+                f"the {role} has no parameter, so that one half-step of EM has nothing to do. "
+                "Write pyro.param(name, value) in it, or use lvppl.SVI."
+            )
+    return phi, theta
+
+
+def _climb(
+    bound: _Bound,
+    phi: list[Tensor],
+    theta: list[Tensor],
+    max_iter: int,
+    tol: float,
+    num_gradient_steps: int,
+    progress: bool,
+) -> tuple[str, str, list[float], list[float]]:
+    elbo, evidence = [bound.value()], [bound.evidence()]
+    num_data = bound.num_data()
+    shown = Progress(max_iter, 0, progress)
+    status, reason = "max_steps", f"all {max_iter} iterations are done"
+    try:
+        for iteration in range(1, max_iter + 1):
+            for tensors in (phi, theta):
+                raise_by_gradient(bound, tensors, num_steps=num_gradient_steps)
+                elbo.append(bound.value())
+                evidence.append(bound.evidence())
+            gain = (elbo[-1] - elbo[-3]) / num_data
+            shown.show(iteration, lambda: f"ELBO {elbo[-1]:.6g} nats")
+            if not math.isfinite(elbo[-1]):
+                status, reason = "diverged", f"the ELBO is {elbo[-1]} in iteration {iteration}"
+                break
+            if gain < tol:
+                status = "converged"
+                reason = (
+                    f"iteration {iteration} gained {gain:.2g} nats per datum, less than tol={tol:g}"
+                )
+                break
+    except KeyboardInterrupt:
+        if len(elbo) % 2 == 0:  # between the half-steps
+            elbo.append(bound.value())
+            evidence.append(bound.evidence())
+        status, reason = "interrupted", f"interrupted after {(len(elbo) - 1) // 2} iterations"
+    finally:
+        shown.close()
+    return status, reason, elbo, evidence
