@@ -32,9 +32,9 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
+from lvppl.chain_factors import scanned
 from lvppl.errors import ProgramError
 from lvppl.packed import Reduction, dims_of, log_sum_exp, named, product, sizes_of, sum_out
-from lvppl.paths import scanned
 
 __all__ = [
     "PlatesOverlap",

@@ -76,10 +76,12 @@ class FactorGraph:
         )
         with guard:
             self.run = Replay(program, None, args, kwargs, layout, None, False, False)
-            self.sites: dict[str, Any] = dict(self.run.model_sites)
-            _refuse_continuous(self.sites)
-            self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
-            self.enumerated = self._enumerated(temperature)
+        self.sites: dict[str, Any] = dict(self.run.model_sites)
+        if guarded and any(_elements(site) > MOST_ELEMENTS for site in self.sites.values()):
+            raise TooLarge
+        _refuse_continuous(self.sites)
+        self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
+        self.enumerated = self._enumerated(temperature)
 
     def _enumerated(self, temperature: float, padding: float | None = None) -> Enumerated | None:
         """The factors that hold enumerated variables.
@@ -165,6 +167,13 @@ class FactorGraph:
                 "parameters that are exactly 0 or 1, and for data outside the support."
             )
         return value, answers
+
+
+def _elements(site: Any) -> int:
+    """Size of the table of a site's log-probabilities."""
+    shape = site["fn"].batch_shape
+    value = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return math.prod(torch.broadcast_shapes(shape, value))
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import lvppl.chains
 from lvppl.chains import (
     ChainWorkspace,
     chain_log_sum,
@@ -15,6 +14,8 @@ from lvppl.chains import (
     sample_chain,
     viterbi,
 )
+from lvppl.chains.arguments import checked_chain
+from lvppl.chains.methods import find_posterior
 from lvppl.errors import ProgramError
 
 METHODS = ["auto", "sequential", "blocked", "associative"]
@@ -244,8 +245,7 @@ def test_long_structured_chains(case):
 
 def scaled(*args, lengths=None, method="auto"):
     """Whether the chain is done in scaled space, and in how many blocks."""
-    chain = lvppl.chains._chain(*args, lengths)
-    posterior = lvppl.chains._posterior(chain, method, None)
+    posterior = find_posterior(checked_chain(*args, lengths), method)
     return getattr(posterior, "layout", None)
 
 

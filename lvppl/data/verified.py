@@ -22,13 +22,13 @@ _TIMEOUT = 30  # seconds without an answer
 
 @dataclass(frozen=True)
 class VerifiedFile:
-    """A gzipped file of a public data set, known by the digest of what is inside.
+    """A file of a public data set, known by the digest of its content.
 
-    The digest is that of the *decompressed* bytes: mirrors compress anew, the content stays.
+    Of a gzipped file that is what is inside: mirrors compress anew, the content stays.
 
     :ivar str folder: of the data set, below ``$LVPPL_DATA`` and the cache folder.
-    :ivar str name: the file's, ending in ``.gz``.
-    :ivar str sha256: hexadecimal digest of the decompressed bytes.
+    :ivar str name: the file's; ending in ``.gz`` if it is gzipped.
+    :ivar str sha256: hexadecimal digest of the bytes, decompressed if it is gzipped.
     :ivar mirrors: addresses of folders that hold the file, each ending in a slash.
     """
 
@@ -38,7 +38,7 @@ class VerifiedFile:
     mirrors: Sequence[str]
 
     def read(self) -> bytes:
-        """The decompressed bytes: from ``$LVPPL_DATA``, from the cache, or from a mirror.
+        """The content, decompressed: from ``$LVPPL_DATA``, from the cache, or from a mirror.
 
         :raises ProgramError: if a file is found but is damaged or another one (it is never replaced
             silently), or if there is none and none can be downloaded.
@@ -55,15 +55,18 @@ class VerifiedFile:
         named = os.environ.get("LVPPL_DATA")
         return [Path(named).expanduser() / self.folder, cache] if named else [cache]
 
-    def _verified(self, compressed: bytes, origin: str, remedy: str) -> bytes:
-        try:
-            content = gzip.decompress(compressed)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ProgramError(f"{origin} is not a whole gzip file ({error}): {remedy}.") from error
+    def _verified(self, content: bytes, origin: str, remedy: str) -> bytes:
+        if self.name.endswith(".gz"):
+            try:
+                content = gzip.decompress(content)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ProgramError(
+                    f"{origin} is not a whole gzip file ({error}): {remedy}."
+                ) from error
         digest = hashlib.sha256(content).hexdigest()
         if digest != self.sha256:
             raise ProgramError(
-                f"{origin} has the wrong digest: the sha256 of its decompressed content is "
+                f"{origin} has the wrong digest: the sha256 of its content is "
                 f"{digest}, but {self.sha256} was expected. It is another file, or a damaged one: "
                 f"{remedy}."
             )
@@ -80,7 +83,7 @@ class VerifiedFile:
         raise ProgramError(
             f"{self.name} is neither in {looked}, nor could it be downloaded "
             f"({'; '.join(failures)}): put the file there, or point LVPPL_DATA at a folder that "
-            f"holds {self.folder}/{self.name}."
+            f"holds {Path(self.folder) / self.name}."
         )
 
     def _fetch(self, address: str, cache: Path) -> bytes:

@@ -72,6 +72,7 @@ class HiddenMarkov(TorchDistribution):
         self.transition_logits = transition_logits.log_softmax(-1)
         self.observation_dist, self.lengths = observation_dist, lengths
         self.step_mask = mask  # `mask` is a method of every Pyro distribution
+        self._latest: tuple[Tensor, ChainPosterior] | None = None
         self.differs_by_step = len(observation_dist.batch_shape) > n + 1
         self.num_steps = self._common_steps(num_steps, driven)
         steps = 1 if self.num_steps is None else self.num_steps
@@ -138,6 +139,7 @@ class HiddenMarkov(TorchDistribution):
         new.transition_logits = self.transition_logits
         new.observation_dist, new.lengths = self.observation_dist, self.lengths
         new.step_mask = self.step_mask
+        new._latest = None
         new.differs_by_step, new.num_steps = self.differs_by_step, self.num_steps
         super(HiddenMarkov, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -145,12 +147,20 @@ class HiddenMarkov(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), sample and batch shape, in nats."""
+        if not torch.is_grad_enabled():
+            return self.posterior(value).log_evidence
         return chain_log_sum(*self.log_factors(value), lengths=self.lengths)
 
     def posterior(self, value: Tensor) -> ChainPosterior:
-        """Posterior of the states; see :class:`lvppl.chains.ChainPosterior`. No gradients."""
-        with torch.no_grad():
-            return forward_backward(*self.log_factors(value), lengths=self.lengths)
+        """Posterior of the states; see :class:`lvppl.chains.ChainPosterior`. No gradients.
+
+        The latest answer is kept: EM asks for it after ``log_prob``, which finds it on the way.
+        """
+        if self._latest is None or self._latest[0] is not value:
+            with torch.no_grad():
+                found = forward_backward(*self.log_factors(value), lengths=self.lengths)
+            self._latest = value, found
+        return self._latest[1]
 
     def viterbi(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable states (…, T) and ln p(states, y); see :func:`lvppl.chains.viterbi`."""

@@ -22,7 +22,7 @@ from lvppl.conjugate import Nodes
 from lvppl.elimination import solve as solve_factors
 from lvppl.enumerated import num_states
 from lvppl.factor_graph import FactorGraph
-from lvppl.inference.inner_latents import opened, structure
+from lvppl.inference.inner_latents import assigned, has_inner_latents, opened, structure
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.layout import Layout
 from lvppl.packed import dims_of, log_max, log_sum_exp, named
@@ -102,27 +102,37 @@ class Expectation:
         """
         with torch.no_grad():
             graph = FactorGraph(program, args, kwargs, layout)
-            assert graph.enumerated is not None
-            factors = []
-            for name, site in graph.latents.items():
-                query = graph.enumerated.over_sites([site])
-                if isinstance(site["fn"], Nodes):  # at its prior
-                    factors.append(graph.enumerated.factor_of(name))
-                    continue
-                given = q.get(name)
-                logs = query if given is None else given.movedim(-1, 0).to(query).log()
-                if given is None:
-                    logs = query - torch.tensor(float(num_states(site))).log().to(query)
-                factors.append(named(logs.expand(query.shape).contiguous(), dims_of(query)))
-            _, answers = solve_factors(
-                factors,
-                graph.enumerated.over_factors(),
-                eliminate=graph.enumerated.eliminate,
-                plates=graph.enumerated.plates,
-                integrals=graph.enumerated.integrals,
-            )
-            terms = _weighted(graph, dict(zip(graph.enumerated.factors, answers, strict=True)))
-            return [t for term in terms for t in opened(term, hard=False, temperature=1.0).terms]
+            weights = _clamped_weights(graph, q) if graph.enumerated is not None else {}
+            found: list[Weighted] = []
+            for term in _weighted(graph, weights):
+                if term.name in q and has_inner_latents(term.fn):
+                    found += assigned(term, q[term.name])
+                else:
+                    found += opened(term, hard=False, temperature=1.0).terms
+            return found
+
+
+def _clamped_weights(graph: FactorGraph, q: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    assert graph.enumerated is not None
+    factors = []
+    for name, site in graph.latents.items():
+        query = graph.enumerated.over_sites([site])
+        if isinstance(site["fn"], Nodes):  # at its prior
+            factors.append(graph.enumerated.factor_of(name))
+            continue
+        given = q.get(name)
+        logs = query if given is None else given.movedim(-1, 0).to(query).log()
+        if given is None:
+            logs = query - torch.tensor(float(num_states(site))).log().to(query)
+        factors.append(named(logs.expand(query.shape).contiguous(), dims_of(query)))
+    _, answers = solve_factors(
+        factors,
+        graph.enumerated.over_factors(),
+        eliminate=graph.enumerated.eliminate,
+        plates=graph.enumerated.plates,
+        integrals=graph.enumerated.integrals,
+    )
+    return dict(zip(graph.enumerated.factors, answers, strict=True))
 
 
 def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weighted]:

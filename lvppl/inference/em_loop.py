@@ -246,7 +246,7 @@ class Loop:
         dead = dead_components(self.problem.m_step, statistics)
         if not dead or len(self.reseeded) + len(dead) > _MOST_RESEEDS:
             return
-        reseed(self.problem, self.mode, dead)
+        reseed(self.problem, dead)
         self.reseeded += [f"{one} in iteration {self.iteration}" for one in dead]
         self._moved = True
 

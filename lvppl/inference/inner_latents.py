@@ -28,7 +28,14 @@ from lvppl.chains import chain_log_sum, forward_backward, viterbi
 from lvppl.distributions import HiddenMarkov
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
 
-__all__ = ["Opened", "has_inner_latents", "opened", "structure"]
+__all__ = [
+    "Opened",
+    "assigned",
+    "has_inner_latents",
+    "opened",
+    "structure",
+    "vectors_inside",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,50 @@ def opened(term: Weighted, *, hard: bool, temperature: float) -> Opened:
     return _open_mixture(term.name, peeled.base, peeled.value, peeled.weight, hard, temperature)
 
 
+def vectors_inside(term: Weighted) -> Tensor | None:
+    """The observed vectors that the states of a chain explain, (..., T, features)."""
+    peeled = peel(term)
+    if not isinstance(peeled.base, HiddenMarkov):
+        return None
+    base = peeled.base.observation_dist
+    value, observed = peeled.base.observations(peeled.value)
+    vectors = value.double().reshape(*value.shape[: value.dim() - len(base.event_shape)], -1)
+    if observed is None:
+        return vectors
+    return torch.where(observed[..., None], vectors, torch.nan)
+
+
+def assigned(term: Weighted, q: Tensor) -> list[Weighted]:
+    """A chain as what it is made of, its states independent with probabilities q (..., T, K)."""
+    peeled = peel(term)
+    fn = peeled.base
+    assert isinstance(fn, HiddenMarkov)
+    T = q.shape[-2]
+    exists = q.new_ones(q.shape[:-1], dtype=torch.bool)
+    if fn.lengths is not None:
+        exists = torch.arange(T, device=q.device) < fn.lengths.to(q.device)[..., None]
+    q = q * exists[..., None] * peeled.weight[..., None, None]
+    pairs = q[..., :-1, :, None] * (q[..., 1:, None, :] * exists[..., 1:, None, None])
+    if fn.transition_logits.dim() == 2:
+        pairs = pairs.reshape(-1, *pairs.shape[-2:]).sum(0)
+    elif fn.transition_logits.shape[-3] == 1:
+        pairs = pairs.sum(-3, keepdim=True)
+    _, observed = fn.observations(peeled.value)
+    seen = q if observed is None else q * observed[..., None]
+    weights = [
+        q[..., 0, :].movedim(-1, 0),
+        pairs.movedim(-1, 0),
+        seen if fn.differs_by_step else seen.movedim(-2, 0),
+    ]
+    return [
+        leaf
+        for (part, base, at), w in zip(
+            _chain_parts(term.name, fn, peeled.value), weights, strict=True
+        )
+        for leaf in opened(Weighted(part, base, at, w), hard=False, temperature=1.0).terms
+    ]
+
+
 Part = tuple[str, Any, Tensor]
 
 
@@ -104,22 +155,24 @@ def _open_chain(
     name: str, fn: HiddenMarkov, value: Tensor, weight: Tensor, hard: bool, temperature: float
 ) -> Opened:
     with torch.no_grad():
-        factors = [factor / temperature for factor in fn.log_factors(value)]
         uniform = all(s == 0 or n == 1 for s, n in zip(weight.stride(), weight.shape, strict=True))
-        if not uniform and factors[1].dim() == 2:  # counts of each sequence, to be weighted
-            factors[1] = factors[1].expand(*factors[2].shape[:-2], 1, -1, -1)
-        if hard:
-            tracked, marginals, pairs = _best_path(factors, fn.lengths)
-        else:
-            found = forward_backward(*factors, lengths=fn.lengths)
-            tracked, marginals, pairs = found
+        shared = fn.transition_logits.dim() == 2
         gain: Tensor | float = 0.0
+        if not hard and temperature == 1.0 and (uniform or not shared):
+            tracked, marginals, pairs = fn.posterior(value)
+        else:
+            factors = [factor / temperature for factor in fn.log_factors(value)]
+            if not uniform and shared:  # counts of each sequence, to be weighted
+                factors[1], shared = factors[1].expand(*factors[2].shape[:-2], 1, -1, -1), False
+            if hard:
+                tracked, marginals, pairs = _best_path(factors, fn.lengths)
+            else:
+                tracked, marginals, pairs = forward_backward(*factors, lengths=fn.lengths)
         if hard or temperature != 1.0:
             plain = chain_log_sum(*fn.log_factors(value), lengths=fn.lengths)
             gain = (weight * (temperature * tracked - plain)).double().sum()
         _, observed = fn.observations(value)
         marginals = marginals * weight[..., None, None]
-        shared = factors[1].dim() == 2
         scale = weight.flatten()[0] if shared and weight.numel() else weight[..., None, None, None]
         pairs = pairs * scale
         seen = marginals if observed is None else marginals * observed[..., None]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lvppl.factor_graph import FactorGraph
-from lvppl.inference.e_step import Mode
 from lvppl.inference.m_step import MStep
 from lvppl.inference.m_step.statistics import Statistics
-from lvppl.inference.starts import features_of
+from lvppl.inference.starts import vectors_of
 
 __all__ = ["Dead", "dead_components", "reseed"]
 
@@ -58,35 +57,33 @@ def dead_components(m_step: MStep, statistics: Statistics) -> list[Dead]:
     return dead
 
 
-def reseed(problem: Any, mode: Mode, dead: list[Dead]) -> None:
-    """Put dead components on the data that the others explain worst, as wide as the data are.
+def reseed(problem: Any, dead: list[Dead]) -> None:
+    """Put dead components on the data farthest from every living one, as wide as the data are.
 
     Only the first batch is looked at. What cannot be placed is left as it is.
     """
     batch, m_step = problem.batches[0], problem.m_step
-    layout = problem.layout(batch)
-    graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
-    worst = graph.log_evidence().argsort()
-    vectors = next(
-        (f for f in (features_of(graph, name) for name in graph.latents) if f is not None), None
-    )
-    if vectors is None:
-        return
-    rows = vectors.reshape(-1, vectors.shape[-1])
-    if len(rows) == len(worst):
-        rows = rows[worst]
-    spread = rows.std(0, correction=0).clamp(min=torch.finfo(rows.dtype).tiny)
-    used = 0
-    for one in dead:
-        parameter = m_step.parameters[one.parameter]
+    graph = FactorGraph(problem.program, batch, problem.kwargs, problem.layout(batch))
+    vectors = list(vectors_of(graph).values())
+    for name in {one.parameter for one in dead}:
+        parameter = m_step.parameters[name]
         value = parameter.value.clone()
-        if value[one.row].numel() != rows.shape[-1] or used >= len(rows):
+        centres = value.reshape(len(value), -1).double()
+        like = [v.reshape(-1, v.shape[-1]) for v in vectors if v.shape[-1] == centres.shape[1]]
+        if not like:
             continue
-        value[one.row] = rows[used].reshape(value[one.row].shape).to(value)
-        parameter.set(value)
-        used += 1
-        _widen(m_step, one.row, len(value), spread)
-        _give_weight(m_step, one.row, len(value))
+        rows = torch.cat(like)
+        rows = rows[rows.isfinite().all(-1)]
+        spread = rows.std(0, correction=0).clamp(min=torch.finfo(rows.dtype).tiny)
+        gone = {one.row for one in dead if one.parameter == name}
+        for row in sorted(gone):
+            living = [k for k in range(len(value)) if k not in gone]
+            distance = torch.cdist(rows / spread, centres[living] / spread).amin(-1)
+            centres[row] = rows[distance.argmax()]
+            gone = gone - {row}
+            _widen(m_step, row, len(value), spread)
+            _give_weight(m_step, row, len(value))
+        parameter.set(centres.reshape(value.shape))
 
 
 def _widen(m_step: MStep, row: int, count: int, spread: Tensor) -> None:

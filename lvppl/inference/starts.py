@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.enumerated import num_states
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph
 from lvppl.inference.e_step import Expectation
+from lvppl.inference.inner_latents import vectors_inside
+from lvppl.inference.m_step.weighted import Weighted
 from lvppl.tracing import is_discrete, plates_of
 
-__all__ = ["INITS", "choose_centres", "features_of", "start_of"]
+__all__ = ["INITS", "choose_centres", "start_of", "vectors_of"]
 
 INITS = ("model", "kmeans++", "random")
 
@@ -53,12 +56,10 @@ def _assignments(
     hard: bool,
 ) -> dict[str, Tensor]:
     """For each latent that explains observed vectors, q of its states: (*plates, K)."""
-    features = {name: features_of(graph, name) for name in graph.latents}
+    features = vectors_of(graph)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, feature in features.items():
-        if feature is not None:
-            states = graph.latents[name]["fn"].enumerate_support(expand=False).shape[0]
-            groups.setdefault((states, feature.shape[-1]), []).append(name)
+        groups.setdefault((_num_states(graph, name), feature.shape[-1]), []).append(name)
     if not groups:
         raise ProgramError(
             "init='kmeans++' and 'random' choose centres among observed vectors in the plates of a "
@@ -67,15 +68,35 @@ def _assignments(
         )
     q = {}
     for key, names in groups.items():
-        rows = torch.cat([features[n].reshape(-1, key[1]) for n in names])  # type: ignore[union-attr]
+        rows = torch.cat([features[n].reshape(-1, key[1]) for n in names])
         if key not in centres:
             centres[key] = choose_centres(rows, key[0], init, generator)
         for name in names:
-            q[name] = _nearest(features[name], centres[key], hard)  # type: ignore[arg-type]
+            q[name] = _nearest(features[name], centres[key], hard)
     return q
 
 
-def features_of(graph: FactorGraph, name: str) -> Tensor | None:
+def vectors_of(graph: FactorGraph) -> dict[str, Tensor]:
+    """The observed vectors that latents explain, (..., features): by latent, or by the site of a
+    chain that holds its states inside."""
+    found = {name: _features_of(graph, name) for name in graph.latents}
+    for name, site in graph.sites.items():
+        if site["is_observed"] and name not in found and not _is_label(site):
+            term = Weighted(name, site["fn"], site["value"], graph.run.log_prob(site).new_ones(()))
+            found[name] = vectors_inside(term)
+    return {name: vectors for name, vectors in found.items() if vectors is not None}
+
+
+def _num_states(graph: FactorGraph, name: str) -> int:
+    if name in graph.latents:
+        return num_states(graph.latents[name])
+    fn = graph.sites[name]["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return int(fn.initial_logits.shape[-1])
+
+
+def _features_of(graph: FactorGraph, name: str) -> Tensor | None:
     """The vectors that a latent explains, (*plates, features)."""
     latent = graph.latents[name]
     symbol = latent["infer"]["_enumerate_dim"]
@@ -90,11 +111,15 @@ def features_of(graph: FactorGraph, name: str) -> Tensor | None:
         dims = {v: k for k, v in ids.items()}
         if log_prob.dim() < -dims[own] or log_prob.shape[dims[own]] == 1 or not plates <= here:
             continue
-        value = graph.run.by_plates(site["value"], site, site["fn"].event_dim)[0]
+        value = graph.run.by_plates(site["value"], site, site["fn"].event_dim)[0].double()
+        if isinstance(site["mask"], Tensor):  # what is masked explains nothing
+            kept = graph.run.by_plates(site["mask"], site, 0)[0]
+            kept = kept.reshape(kept.shape + (1,) * site["fn"].event_dim)
+            value = torch.where(kept, value, torch.nan)
         names = [plate.name for plate in plates_of(site)]
         front = [i for i, n in enumerate(names) if n in plates]
         rest = [i for i in range(value.dim()) if i not in front]
-        value = value.permute(front + rest).double()
+        value = value.permute(front + rest)
         return value.reshape(*value.shape[: len(front)], -1)
     return None
 
@@ -104,6 +129,7 @@ def _is_label(site: Mapping[str, Any]) -> bool:
     fn = site["fn"]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
+    fn = getattr(fn, "observation_dist", fn)
     return is_discrete(site) and "Categorical" in type(fn).__name__
 
 
