@@ -39,8 +39,9 @@ help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
 	  || sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-test ## train on digits, measure ln p(y), write pictures to runs/demo/
+demo: $(VENV)/.installed-test ## train on digits, measure ln p(y), fit Old Faithful; pictures in runs/demo/
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/old_faithful.py --out runs/demo
 
 test: $(VENV)/.installed-test ## every fast test, in parallel
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)

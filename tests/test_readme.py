@@ -12,9 +12,9 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def test_the_code_of_the_readme_runs(capsys):
     text = README.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     scope: dict = {}
-    for block in blocks:
+    for block in blocks[:2]:
         exec(compile(block, "README.md", "exec"), scope)
     shown = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
     printed = " ".join(capsys.readouterr().out.split())
@@ -28,6 +28,12 @@ def test_the_code_of_the_readme_runs(capsys):
     elbo = float(fit.report(scope["y"], seed=0).elbo.per_datum.mean())
     assert -elbo < 0.85 * float(independent)
     assert {"posterior", "log_likelihood"} <= set(scope["idata"].groups())
+
+    exec(compile(blocks[2], "README.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    for line in shown[1].splitlines()[2:]:  # without the counts of iterations, which may differ
+        assert "restarts" in line or line[:24] in printed, line
+    assert float(scope["fit"].log_evidence(scope["y"])) == pytest.approx(-1130.2640, abs=2e-3)
 
 
 def test_pictures_and_links_exist():

@@ -204,7 +204,9 @@ class EMFit(Fit):
             f"  {self.tracked} = {self.objective_value:.6f} nats",
         ]
         if len(self.restarts) > 1:
-            values = ", ".join(f"{restart.objective:.6g}" for restart in self.restarts)
-            lines.append(f"  restarts: {values}")
+            values = sorted(restart.objective for restart in self.restarts)
+            lines.append(
+                f"  best of {len(values)} restarts; the worst ended at {values[0]:.6f} nats"
+            )
         table = repr(self.m_step).replace("\n", "\n  ")
         return "\n".join([*lines, "", f"  {table}"])

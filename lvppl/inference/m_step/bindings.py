@@ -141,6 +141,12 @@ def _widened(affine: Affine, entries: Tensor) -> Affine:
 def _arguments(terms: Sequence[Weighted], roles: dict[Key, str]) -> Iterator[tuple[Key, Tensor]]:
     for term in terms:
         family, arguments = arguments_of(term)
+        given = _hyperparameters(term) if family is None and term.is_prior else {}
+        for name, value in given.items():
+            roles[term.name, name] = "hyperparameter"
+            yield (term.name, name), value.detach().clone()
+        if given:
+            continue
         if family is None:  # all that can be said is which parameters it depends on
             roles[term.name, "log_prob"] = "unknown"
             yield (term.name, "log_prob"), term.fn.log_prob(term.value).detach()
@@ -148,6 +154,14 @@ def _arguments(terms: Sequence[Weighted], roles: dict[Key, str]) -> Iterator[tup
         for name, value in arguments.items():
             roles[term.name, name] = family.roles[name]
             yield (term.name, name), value.detach().clone()
+
+
+def _hyperparameters(term: Weighted) -> dict[str, Tensor]:
+    """All arguments of a prior: its log-density moves with the latent, which they need not."""
+    base = peel(term).base
+    given = {name: getattr(base, name, None) for name in getattr(base, "arg_constraints", {})}
+    known = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    return known if len(known) == len(given) else {}
 
 
 @contextmanager
