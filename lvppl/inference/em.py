@@ -265,10 +265,7 @@ class EM:
             program = latents(enumerating(ConjugateLatents(continuous.local)(model)))
             batches = _batches(self.model, data, kwargs, batch_size)
             with undisturbed():
-                layout = layout_of(program, None, batches[0], kwargs)
-                with explained_run(layout):
-                    graph = FactorGraph(program, batches[0], kwargs, layout, guarded=True)
-                graph.require_affordable()
+                graph = _few_rows(program, batches[0], kwargs)
             _require_latents(graph)
             require_conjugate(graph)
             state.claim()
@@ -372,6 +369,31 @@ def _batches(
         )
         for first in range(0, rows, batch_size)
     ]
+
+
+_FEW = 2_000
+
+
+def _few_rows(program: Program, batch: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FactorGraph:
+    """The program's factors on a few rows where it runs on any number, else on all."""
+    rows = num_rows(batch)
+    if rows is not None and rows > 2 * _FEW:
+        store = pyro.get_param_store()
+        few = gather(batch, torch.arange(_FEW, device=batch[0].device), rows)
+        with store.scope({part: dict(v) for part, v in store.get_state().items()}):  # type: ignore
+            try:
+                return _graph(program, few, kwargs)
+            except ProgramError:
+                pass  # whatever it is, all rows will say it better
+    return _graph(program, batch, kwargs)
+
+
+def _graph(program: Program, batch: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FactorGraph:
+    layout = layout_of(program, None, batch, kwargs)
+    with explained_run(layout):
+        graph = FactorGraph(program, batch, kwargs, layout, guarded=True)
+    graph.require_affordable()
+    return graph
 
 
 def _require_latents(graph: FactorGraph) -> None:
