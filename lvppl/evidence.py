@@ -21,7 +21,7 @@ from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph, graph_of
 from lvppl.packed import log_max, log_sum_exp_sampled
 from lvppl.seeding import seeded
-from lvppl.tracing import plates_of
+from lvppl.tracing import kind_of, plates_of
 
 __all__ = ["Assignment", "ExactPosterior", "LogEvidence", "log_evidence", "posterior"]
 
@@ -103,6 +103,7 @@ def posterior(
     with torch.no_grad():
         graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
     if graph.enumerated is None:
+        _refuse_summed_latents(graph)
         raise ProgramError(
             "The model has no discrete latent, so that there is no posterior. Write "
             "pyro.sample('z', dist.Categorical(weights)) without obs=; lvppl.log_evidence gives "
@@ -223,6 +224,27 @@ class ExactPosterior:
 def _record(graph: FactorGraph, value: Tensor) -> LogEvidence:
     plates = tuple(plate.name for plate in graph.run.layout.data_plates)
     return LogEvidence(value, value.sum() * graph.data_scale, plates)
+
+
+def _refuse_summed_latents(graph: FactorGraph) -> None:
+    for name, site in graph.sites.items():
+        kind = kind_of(site["fn"])
+        if kind == "HiddenMarkov":
+            remedy = (
+                "Ask the distribution itself, HiddenMarkov(...).posterior(y) or .viterbi(y), or "
+                "write the chain with pyro.markov and a pyro.sample for each state."
+            )
+        elif kind == "MixtureSameFamily":
+            remedy = (
+                "Write z = pyro.sample('z', dist.Categorical(weights)) and the component that z "
+                "chooses."
+            )
+        else:
+            continue
+        raise ProgramError(
+            f"The latents of site '{name}' are inside its {kind}, which sums them out by itself: "
+            f"lvppl.log_evidence is exact, but no latent site is left to have a posterior. {remedy}"
+        )
 
 
 def _positive(temperature: float) -> float:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
+from lvppl.observations import explain_observations, require_plates
 from lvppl.packed import Reduction, log_max, log_sum_exp
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, is_masked, kind_of, plates_of
@@ -42,9 +44,11 @@ def graph_of(
         ProgramError: a latent is continuous or has no finite support, a table would be too large,
             the program cannot run under enumeration, or its plates do not nest.
     """
+    if not callable(model) or isinstance(model, type):
+        raise ProgramError(f"model must be a Pyro program (a callable), not {model!r}")
     program = enumerating(model)
-    layout = layout_of(program, None, args, kwargs)
-    with explained_run(layout):
+    with explained_run(program, args, kwargs):
+        layout = layout_of(program, None, args, kwargs)
         graph = FactorGraph(program, args, kwargs, layout, temperature=temperature, guarded=True)
     graph.require_affordable()
     return graph
@@ -59,6 +63,7 @@ class FactorGraph:
         layout: of the program at these arguments.
         temperature: see :class:`~lvppl.enumerated.Enumerated`.
         guarded: stop before the program itself makes a tensor that is too large.
+        density: gives what takes the place of a site's log-probabilities, ``None`` for none.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class FactorGraph:
         *,
         temperature: float = 1.0,
         guarded: bool = False,
+        density: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         guard: AbstractContextManager[Any] = (
             NothingLarge(MOST_ELEMENTS) if guarded else nullcontext()
@@ -77,9 +83,17 @@ class FactorGraph:
         with guard:
             self.run = Replay(program, None, args, kwargs, layout, None, False, False)
         self.sites: dict[str, Any] = dict(self.run.model_sites)
+        if guarded:
+            for site in self.sites.values():
+                require_plates(site)
         if guarded and any(_elements(site) > MOST_ELEMENTS for site in self.sites.values()):
             raise TooLarge
         _refuse_continuous(self.sites)
+        for site in self.sites.values():
+            replaced = None if density is None else density(site)
+            if replaced is not None:
+                whole = self.run.full(replaced, site)
+                site["lvppl_log_prob"] = scale_and_mask(whole, 1.0, site["mask"])
         self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
         self.enumerated = self._enumerated(temperature)
 
@@ -229,6 +243,8 @@ class NothingLarge(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
+        if func.overloadpacket is torch.ops.aten.arange and max(args) > self.most_elements:
+            raise TooLarge  # a support: it has no tensor to be judged by
         # a product of sizes is at least the size of the broadcast, which takes longer to find
         if math.prod(t.numel() for t in tensors) > self.most_elements:
             try:
@@ -241,14 +257,21 @@ class NothingLarge(TorchDispatchMode):
 
 
 @contextmanager
-def explained_run(layout: Layout) -> Iterator[None]:
-    """Say why a program does not run under enumeration, and what to do."""
+def explained_run(
+    program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
+    """Say why a program does not run under enumeration, or with these data, and what to do."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ProgramError) and not isinstance(error, ProgramFailure):
             raise
-        _explain(error, layout.enumerated)
+        explain_observations(program, args, kwargs)
+        try:
+            sites = layout_of(program, None, args, kwargs).enumerated
+        except ProgramError:
+            raise error from error.__cause__  # it does not run at all
+        _explain(error, sites)
         raise
 
 
@@ -258,9 +281,10 @@ def _explain(error: Exception, sites: Sequence[str]) -> None:
     if any(isinstance(cause, TooLarge) for cause in causes):
         raise ProgramError(
             f"Under enumeration of {len(sites)} latent sites ({names}) the program makes a tensor "
-            f"of more than {MOST_ELEMENTS:,} elements: too many latents depend on each other at "
-            "once. Wrap chains in pyro.markov, put independent latents into a pyro.plate, or give "
-            "some of the sites a guide."
+            f"of more than {MOST_ELEMENTS:,} elements: a support is too large, or too many latents "
+            "depend on each other at once. Wrap chains in pyro.markov, put independent latents "
+            "into a pyro.plate, cut a large support to the values that matter, or give some of the "
+            "sites a guide."
         ) from error
     if len(sites) > 20 and any("dim" in str(cause) for cause in causes):
         raise ProgramError(

@@ -44,6 +44,8 @@ PARTICLES = "_particles"
 Program = Callable[..., Any]
 Message = Mapping[str, Any]
 
+_SHAPES = re.compile(r"\s*\n\s*Trace Shapes:")
+
 
 class Plate(NamedTuple):
     """One vectorised plate: its dimension, the size of this batch and of the whole."""
@@ -139,13 +141,15 @@ def traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace
     handler = poutine.trace(program)
     try:
         return handler.get_trace(*args, **kwargs)
-    except (ProgramError, torch.cuda.OutOfMemoryError):
+    except torch.cuda.OutOfMemoryError:
         raise
+    except ProgramError as error:  # of a handler: Pyro appends the shapes of all sites
+        raise type(error)(_SHAPES.split(str(error))[0]) from error.__cause__
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
         sites = [n for n, s in handler.trace.nodes.items() if s["type"] == "sample"]
         after = f"after site '{sites[-1]}'" if sites else "before its first site"
-        what = re.split(r"\n\s*Trace Shapes:", str(e))[0] or "no message"
-        if "dtype" in what:
+        what = _SHAPES.split(str(e))[0] or "no message"
+        if "dtype" in what.splitlines()[0]:  # not of a tensor that it prints
             what += " (data and parameters share one dtype: data.float(), or modules.double())"
         raise ProgramFailure(f"The {name} fails {after}: {type(e).__name__}: {what}") from e
 

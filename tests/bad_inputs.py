@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import math
 import os
 import re
@@ -26,9 +27,10 @@ import torch
 from pyro.distributions import transforms
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 import lvppl
-from lvppl.distributions import DiscretizedLogistic, Quantized
+from lvppl.distributions import DiscretizedLogistic, HiddenMarkov, Quantized
 from lvppl.guides import AmortizedFlow, ConvEncoder, PerDatumNormal
 from lvppl.models import VAE, ConvDecoder, GaussianLikelihood, GaussianMixture, ProbabilisticPCA
 
@@ -459,6 +461,224 @@ def chained_model(y: Tensor) -> None:
         z = pyro.sample("z", normal(y))
         w = pyro.sample("w", dist.Normal(z, 1.0))
         pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+
+# ------------------------------------------------------------------- programs with discrete latents
+
+MISSING = torch.tensor([0.5, math.nan, 1.0, 2.0])
+INFINITE = torch.tensor([0.5, math.inf, 1.0, 2.0])
+PAIRS = torch.tensor([[0.5, 1.0], [2.0, 0.25], [1.0, math.nan], [-1.0, 0.0]])
+
+
+def mixture_of(
+    likelihood: Program | None = None,
+    weights: Program = lambda: torch.full((2,), 0.5),
+    num_states: int = 2,
+) -> Program:
+    """A mixture with a location for each state, or with another likelihood."""
+
+    def model(y: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.arange(float(num_states)))
+        probs = weights() if num_states == 2 else torch.ones(num_states)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(probs))
+            density = dist.Normal(loc[z], 1.0) if likelihood is None else likelihood(z, loc)
+            pyro.sample("y", density, obs=y)
+
+    return model
+
+
+def columns_of(num_columns: int, *, joint: bool = False) -> Program:
+    """A mixture of vectors: independent elements, or one MultivariateNormal."""
+
+    def likelihood(z: Tensor, loc: Tensor) -> Any:
+        mean = loc[z].unsqueeze(-1).expand(*z.shape, num_columns)
+        if joint:
+            return dist.MultivariateNormal(mean, torch.eye(num_columns))
+        return dist.Normal(mean, 1.0).to_event(1)
+
+    return mixture_of(likelihood)
+
+
+MIXTURE = mixture_of()
+
+
+def unplated_mixture(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(float(len(y))))
+    z = pyro.sample("z", dist.Categorical(torch.ones(len(y))))
+    pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+
+def batched_latent(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    z = pyro.sample("z", dist.Categorical(torch.ones(len(y), 2)))
+    pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+
+def whole_vector_mixture(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+    pyro.sample("y", dist.Normal(loc[z].unsqueeze(-1), 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+def bent_factor(y: Tensor) -> None:
+    """y is not linear in its latent: the integral is no Gaussian's."""
+    slope = pyro.param("slope", lambda: torch.tensor(1.0))
+    with pyro.plate("data", len(y)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope * u.tanh(), 1.0), obs=y)
+
+
+def without_latent(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0), obs=y)
+
+
+def without_parameter(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(1.0 * z, 1.0), obs=y)
+
+
+def counted_latent(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Poisson(2.0))
+        pyro.sample("y", dist.Normal(pyro.param("slope", torch.tensor(1.0)) * z, 1.0), obs=y)
+
+
+def wide_latent(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Binomial(10**9, torch.tensor(0.5)))
+        pyro.sample("y", dist.Normal(pyro.param("slope", torch.tensor(1.0)) * z, 1.0), obs=y)
+
+
+def thirty_coins(y: Tensor) -> None:
+    total = pyro.param("loc", torch.tensor(0.0))
+    for i in range(30):
+        total = total + pyro.sample(f"z_{i}", dist.Bernoulli(torch.tensor(0.5)))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+
+def unwrapped_chain(y: Tensor) -> None:
+    """A chain without pyro.markov."""
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    z = torch.tensor(0)
+    for t in range(len(y)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[z]))
+        pyro.sample(f"y_{t}", dist.Normal(loc[z], 1.0), obs=y[t])
+
+
+def crossed_plates(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.0))
+    rows = pyro.plate("rows", y.shape[0], dim=-2)
+    columns = pyro.plate("columns", y.shape[1], dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.5)))
+    with columns:
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(loc + a + b, 1.0), obs=y)
+
+
+def two_scales(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        with pyro.poutine.scale(scale=0.5):
+            pyro.sample("y", dist.Normal(loc + z, 1.0), obs=y)
+
+
+def scaled_by_datum(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.0))
+    with pyro.plate("data", len(y)), pyro.poutine.scale(scale=torch.arange(1.0, 5.0)):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("y", dist.Normal(loc + z, 1.0), obs=y)
+
+
+def with_prior(prior: Program, likelihood: Program) -> Program:
+    """A mixture of which one parameter has a prior."""
+
+    def model(y: Tensor) -> None:
+        weight = pyro.sample("weight", prior())
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("y", likelihood(weight, z), obs=y)
+
+    return model
+
+
+def sparse_weights(y: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([0.5, 0.5])))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(1.0 * z, 1.0), obs=y)
+
+
+def labels_mixture(y: Tensor) -> None:
+    probs = pyro.param(
+        "probs", torch.tensor([[0.2, 0.8], [0.6, 0.4]]), constraint=constraints.simplex
+    )
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Categorical(probs[z]), obs=y)
+
+
+def subsampled_mixture(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    with pyro.plate("data", len(y), subsample_size=2) as index:
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y[index])
+
+
+def hidden_chain(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    with pyro.plate("data", len(y)):
+        chain = HiddenMarkov(torch.zeros(2), torch.zeros(2, 2), dist.Normal(loc, 1.0))
+        pyro.sample("y", chain, obs=y)
+
+
+def summed_mixture(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    with pyro.plate("data", len(y)):
+        choice = dist.Categorical(torch.ones(2))
+        pyro.sample("y", dist.MixtureSameFamily(choice, dist.Normal(loc, 1.0)), obs=y)
+
+
+def _em(model: Program, *data: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    given = {"max_iter": 3, "seed": 0, "progress": False} | given
+    return lvppl.EM(model, **(options or {})).fit(*data, **given)
+
+
+EXACT: dict[str, Program] = {
+    "log_evidence": lvppl.log_evidence,
+    "posterior": lvppl.posterior,
+    "EM.fit": _em,
+}
+"""The ways in for a model whose latents are summed exactly, and data."""
+EVIDENCE, POSTERIOR = ("log_evidence", "posterior"), ("posterior",)
+
+
+def exact(
+    title: str, model: Any, says: str, *data: Any, by: tuple[str, ...] = tuple(EXACT)
+) -> BadInput:
+    """A model, or data for it, that every call named in ``by`` must refuse."""
+    data = data or (Y,)
+    return BadInput(title, {name: partial(_attempt_exact, name, model, *data) for name in by}, says)
+
+
+def _attempt_exact(name: str, model: Any, *rest: Any) -> Any:
+    *data, _folder = rest
+    return EXACT[name](model, *data)
+
+
+def em(title: str, says: str, *data: Any, model: Program = MIXTURE, **options: Any) -> BadInput:
+    """An option of EM, or of its fit, that must be refused."""
+    own = {name: options.pop(name) for name in EM_OPTIONS if name in options}
+    return call(title, lambda _: _em(model, *(data or (Y,)), options=own, **options), says)
+
+
+EM_OPTIONS = frozenset(inspect.signature(lvppl.EM).parameters) - {"model"}
 
 
 MODEL, GUIDE = model_of(), guide_of()
@@ -1360,6 +1580,344 @@ def _mnist(content: bytes) -> Attempt:
 
     return attempt
 
+
+TOPICS["Exact evidence and posteriors"] = [
+    exact("a model that is a class, to be summed", nn.Linear, "model must be a Pyro program"),
+    exact("no rows, to be summed", MIXTURE, "data argument 0 has no rows … (0,)", torch.zeros(0)),
+    exact(
+        "NaN in observed values, to be summed",
+        MIXTURE,
+        "Site 'y' observes nan at index [1] … mask … missing=\"nan\"",
+        MISSING,
+        by=EVIDENCE,
+    ),
+    exact(
+        "an infinite value, which has probability zero",
+        MIXTURE,
+        "datum 1 has ln p(y) = -inf … no value of its latents explains it … outside the support",
+        INFINITE,
+        by=POSTERIOR,
+    ),
+    exact(
+        "data outside the support of every component",
+        mixture_of(lambda z, loc: dist.Uniform(loc[z], loc[z] + 1, validate_args=False)),
+        "datum 1 has ln p(y) = -inf … no value of its latents explains it … outside the support",
+        torch.tensor([0.5, 9.0]),
+        by=("posterior", "EM.fit"),
+    ),
+    exact(
+        "a negative count",
+        mixture_of(lambda z, loc: dist.Poisson(loc[z].exp())),
+        "Site 'y' observes -1.0 at index [2], which is outside the support of its Poisson",
+        torch.tensor([0.0, 3.0, -1.0]),
+    ),
+    exact(
+        "an array where a mixture observes",
+        MIXTURE,
+        "'y' observes a ndarray, not a tensor … torch.as_tensor",
+        Y.numpy(),
+    ),
+    exact(
+        "data of another number of columns",
+        columns_of(3),
+        "Site 'y' observes values of shape (4, 2), but its Normal is of shape (4, 3) … columns",
+        torch.zeros(4, 2),
+    ),
+    exact(
+        "columns that no event declares",
+        MIXTURE,
+        "observes values of shape (4, 2) … belongs to no plate … .to_event(n)",
+        torch.zeros(4, 2),
+    ),
+    exact(
+        "data without a plate, as many as states",
+        unplated_mixture,
+        "Site 'y' of the model observes values of shape (4,) … size 4 at batch dimension -1 "
+        "belongs to no plate … pyro.plate(..., 4, dim=-1)",
+    ),
+    exact(
+        "a latent with a batch dimension without a plate",
+        batched_latent,
+        "Site 'z' … batch shape (4,) … belongs to no plate … pyro.plate(..., 4, dim=-1)",
+    ),
+    exact(
+        "a continuous latent, to be summed",
+        bent_factor,
+        "Latent 'u' (Normal) is continuous … Give it a guide … or replace it by a finite grid",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a count as a latent",
+        counted_latent,
+        "Latent 'z' (Poisson) has no finite support … Truncate it … or give it a guide",
+    ),
+    exact(
+        "a support too large",
+        wide_latent,
+        "1 latent sites ('z') … a support is too large … cut a large support",
+    ),
+    exact(
+        "thirty latents that meet in one site",
+        thirty_coins,
+        "30 latent sites … more than 268,435,456 elements … depend on each other at once … "
+        "pyro.markov … pyro.plate … guide",
+    ),
+    exact(
+        "a long chain without `pyro.markov`",
+        unwrapped_chain,
+        "each of the 100 latent sites … dimension of its own … pyro.markov(range(T))",
+        torch.zeros(100),
+    ),
+    exact(
+        "plates that overlap around latents that meet",
+        crossed_plates,
+        "among the plates 'rows', 'columns' two overlap … Nest the plates",
+        torch.zeros(3, 4),
+    ),
+    exact(
+        "two scales in one sum",
+        two_scales,
+        "Site 'y' has another poutine.scale … one scale around the whole",
+    ),
+    exact(
+        "a scale for each datum around a latent",
+        scaled_by_datum,
+        "poutine.scale … one number … Move per-datum weights",
+    ),
+    exact(
+        "negative probabilities",
+        mixture_of(weights=lambda: torch.tensor([-0.5, 0.8])),
+        "The model fails after site 'data' … Categorical … Simplex()",
+    ),
+    exact(
+        "the posterior of a model without a latent",
+        without_latent,
+        "no discrete latent … no posterior … lvppl.log_evidence",
+        by=POSTERIOR,
+    ),
+    exact(
+        "the posterior of the states inside `HiddenMarkov`",
+        hidden_chain,
+        "site 'y' are inside its HiddenMarkov … HiddenMarkov(...).posterior(y) or .viterbi(y)",
+        torch.zeros(3, 5),
+        by=POSTERIOR,
+    ),
+    exact(
+        "the posterior of the component inside `MixtureSameFamily`",
+        summed_mixture,
+        "site 'y' are inside its MixtureSameFamily … pyro.sample('z', dist.Categorical(weights))",
+        by=POSTERIOR,
+    ),
+    call(
+        "`log_evidence(..., temperature=0.0)`",
+        lambda _: lvppl.log_evidence(MIXTURE, Y, temperature=0.0),
+        "temperature must be a number above 0 … 0.0 … posterior(...).map()",
+    ),
+    call(
+        "the marginals of an unknown site",
+        lambda _: lvppl.posterior(MIXTURE, Y).marginals("k"),
+        "no enumerated latent 'k'; there are ['z']",
+    ),
+    call(
+        "the joint of one site",
+        lambda _: lvppl.posterior(MIXTURE, Y).joint("z"),
+        "joint needs two or more different sites … ('z',)",
+    ),
+    call(
+        "no draws from a posterior",
+        lambda _: lvppl.posterior(MIXTURE, Y).sample(0),
+        "num_samples must be a whole number of at least 1 … 0",
+    ),
+]
+
+TOPICS["Expectation maximisation"] = [
+    em(
+        "NaN in the data of EM",
+        'data argument 0 has nan at index [1] … missing="nan" … or fill it',
+        MISSING,
+    ),
+    em(
+        "an infinite value in the data of EM",
+        "data argument 0 has inf at index [1] … Correct the data",
+        INFINITE,
+    ),
+    em(
+        "an infinite value as a missing one",
+        "data argument 0 has inf at index [1] … a missing value is NaN",
+        INFINITE,
+        missing="nan",
+    ),
+    em(
+        "a part of a MultivariateNormal event that is missing",
+        "some values of site 'y' miss a part of an event of MultivariateNormal … "
+        "dist.Normal(...).to_event(1)",
+        PAIRS,
+        model=columns_of(2, joint=True),
+        missing="nan",
+    ),
+    em('`missing="drop"`', "missing must be None or \"nan\" … 'drop'", missing="drop"),
+    em(
+        "one datum for two components",
+        "as many data as states: 1 data came, for 2 states … init='model'",
+        torch.zeros(1),
+        init="kmeans++",
+    ),
+    em(
+        "more components than data",
+        "as many data as states: 4 data came, for 6 states … Use fewer states",
+        model=mixture_of(num_states=6),
+        init="kmeans++",
+    ),
+    em(
+        "more components than different data",
+        "needs 3 different data, but only 2 of the 4 rows differ … Use fewer states",
+        torch.tensor([1.0, 1.0, 2.0, 2.0]),
+        model=mixture_of(num_states=3),
+        init="kmeans++",
+    ),
+    em(
+        "k-means++ of class labels",
+        "no observed numeric site depends on a latent … init='model'",
+        torch.tensor([0, 1, 1, 0]),
+        model=labels_mixture,
+        init="kmeans++",
+    ),
+    em(
+        "a local latent that has no exact integral",
+        "Latent 'u' (Normal) is continuous and belongs to each datum of 'y' … "
+        "lvppl.EM(model, guide)",
+        model=bent_factor,
+    ),
+    em(
+        "EM without a latent",
+        "no discrete latent … pyro.sample('z', dist.Categorical(weights)) … lvppl.SVI",
+        model=without_latent,
+    ),
+    em(
+        "EM without a parameter",
+        "no parameter to maximise … pyro.param … lvppl.posterior",
+        model=without_parameter,
+    ),
+    em(
+        "a simplex that starts outside",
+        "Parameter 'w' starts outside its constraint (Simplex) … initial value inside",
+        model=mixture_of(
+            weights=lambda: pyro.param(
+                "w", torch.tensor([1.5, -0.5]), constraint=constraints.simplex
+            )
+        ),
+    ),
+    em(
+        "probabilities as a parameter without a constraint",
+        "runs at the first values of its parameters, but not where EM moves them … Simplex() … "
+        "Without a constraint are 'loc', 'w' … constraint=constraints.simplex",
+        model=mixture_of(weights=lambda: pyro.param("w", torch.tensor([0.5, 0.5]))),
+    ),
+    em(
+        "a Dirichlet prior that is infinite at the edges",
+        "The prior of 'weights' is a Dirichlet with a concentration of 0.5 … no MAP estimate … "
+        "at least 1",
+        model=sparse_weights,
+    ),
+    em(
+        "a Beta prior that is infinite at the edges",
+        "The prior of 'weight' is a Beta with a concentration below 1 … at least 1",
+        torch.tensor([0.0, 1.0, 1.0]),
+        model=with_prior(lambda: dist.Beta(0.5, 0.5), lambda p, z: dist.Bernoulli(p + 0 * z)),
+    ),
+    em(
+        "a Gamma prior that is infinite at 0, and no count",
+        "The Gamma prior of 'weight' has a concentration below 1 … too few data … at least 1",
+        torch.zeros(4),
+        model=with_prior(lambda: dist.Gamma(0.5, 0.5), lambda rate, z: dist.Poisson(rate + 0 * z)),
+    ),
+    em(
+        "a plate that draws its rows anew",
+        "Plate 'data' draws 2 of its 4 rows anew … batch_size … online=True",
+        model=subsampled_mixture,
+    ),
+    em(
+        "restarts from the same start",
+        "restarts=3 from init='model' would be the same start 3 times … init='kmeans++'",
+        restarts=3,
+    ),
+    em("`restarts=0`", "restarts must be at least 1 … 0", restarts=0),
+    em(
+        '`EM(init="best")`',
+        "init must be one of 'model', 'kmeans++', 'random', not 'best'",
+        init="best",
+    ),
+    em(
+        "hard EM at a temperature",
+        "hard=True is the limit of temperature 0 … temperature=lambda i:",
+        hard=True,
+        temperature=0.5,
+    ),
+    em('`EM(hard="yes")`', "hard must be True or False … 'yes'", hard="yes"),
+    em(
+        "`EM(temperature=0.0)`", "temperature must be a number above 0 … hard=True", temperature=0.0
+    ),
+    em(
+        "a schedule that reaches 0",
+        "temperature must be a number above 0 … 0.0 … hard=True",
+        temperature=lambda iteration: 1.0 - iteration,
+    ),
+    em("online EM without minibatches", "online=True needs … none was given", online=True),
+    em(
+        "online EM of one batch",
+        "online=True needs … fewer than the data have; 4 came for 4 rows … Leave online out",
+        online=True,
+        batch_size=4,
+    ),
+    em("`fit(tol=-1.0)`", "tol must be a number of at least 0 … -1.0", tol=-1.0),
+    em("`EM(floor=-1.0)`", "floor must be a number of at least 0 … -1.0", floor=-1.0),
+    em("`fit(max_iter=0)`", "max_iter must be at least 1 … 0", max_iter=0),
+    em(
+        "`fit(maxiter=3)`", "fit(maxiter=...) is not an option … Did you mean max_iter=?", maxiter=3
+    ),
+    em(
+        "batches of a program without a plate over the rows",
+        "batch_size=2 needs a plate over the rows … pyro.plate … leave batch_size out",
+        model=whole_vector_mixture,
+        batch_size=2,
+    ),
+    em(
+        "a callback that is not in a list",
+        "callbacks must be a list of callables … callbacks=[print]",
+        callbacks=print,
+    ),
+    em(
+        "options of the exact E-step with a guide",
+        "hard, temperature, online, restarts and init belong to EM with an exact E-step",
+        guide=no_guide,
+        temperature=0.5,
+    ),
+    em(
+        "an objective without a guide",
+        "objective is the bound of a fit with a guide",
+        objective=lvppl.ELBO(),
+    ),
+    call(
+        "the posterior of an unknown site of a fit",
+        lambda _: _em(MIXTURE, Y).posterior(Y).marginals("cluster"),
+        "no enumerated latent 'cluster'; there are ['z']",
+    ),
+    call(
+        "a fit's posterior of data with other columns",
+        lambda _: _em(columns_of(2), torch.randn(6, 2)).posterior(torch.zeros(3, 5)),
+        "Site 'y' observes values of shape (3, 5), but its Normal is of shape (3, 2)",
+    ),
+    call(
+        "`SVI` going on from a fit by EM",
+        lambda _: _fit(MODEL, GUIDE, Y, resume=_em(MIXTURE, Y)),
+        "resume must be a fit by lvppl.SVI, but this one is by lvppl.EM … fit.params[name]",
+    ),
+    call(
+        "`amortization_gap` without a guide",
+        lambda _: lvppl.amortization_gap(MIXTURE, None, Y),
+        "guide is None … Give a guide … lvppl.posterior",
+    ),
+]
 
 TOPICS["Fits on disk"] = [
     call(

@@ -87,6 +87,12 @@ def amortization_gap(
     References:
         Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
     """
+    if guide is None:
+        raise ProgramError(
+            "amortization_gap compares a guide with the best one of its family for each datum, but "
+            "guide is None. Give a guide; where the posterior is exact (lvppl.posterior), there is "
+            "no gap."
+        )
     if num_steps < 1 or num_repetitions < 1:
         raise ProgramError(
             "amortization_gap needs at least one step and one repetition, but got "

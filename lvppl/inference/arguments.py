@@ -16,6 +16,7 @@ from lvppl.inference.minibatch import num_rows
 
 __all__ = [
     "as_tuple",
+    "check_callables",
     "check_counts",
     "check_data",
     "explained",
@@ -37,6 +38,19 @@ def check_counts(**counts: int | None) -> None:
             raise ProgramError(f"{name} must be an integer, but is {count!r}")
         if count is not None and count < 1:
             raise ProgramError(f"{name} must be at least 1, but is {count}")
+
+
+def check_callables(callbacks: Any, transform: Any = None) -> None:
+    if transform is not None and not callable(transform):
+        raise ProgramError(
+            "transform must be a callable from the tuple of a minibatch's arguments to another, "
+            f"but is {transform!r}"
+        )
+    if isinstance(callbacks, (list, tuple)) and all(map(callable, callbacks)):
+        return
+    name = getattr(callbacks, "__name__", "callback")
+    hint = f": write callbacks=[{name}]" if callable(callbacks) else ""
+    raise ProgramError(f"callbacks must be a list of callables, but is {callbacks!r}{hint}")
 
 
 def as_tuple(validation: Any) -> tuple[Any, ...]:

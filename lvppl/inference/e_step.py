@@ -22,7 +22,13 @@ from lvppl.conjugate import Nodes
 from lvppl.elimination import solve as solve_factors
 from lvppl.enumerated import num_states
 from lvppl.factor_graph import FactorGraph
-from lvppl.inference.inner_latents import assigned, has_inner_latents, opened, structure
+from lvppl.inference.inner_latents import (
+    assigned,
+    has_inner_latents,
+    opened,
+    structure,
+    tracked,
+)
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.layout import Layout
 from lvppl.packed import dims_of, log_max, log_sum_exp, named
@@ -39,6 +45,16 @@ class Mode:
 
     hard: bool = False
     temperature: float = 1.0
+
+    @property
+    def is_soft(self) -> bool:
+        return not self.hard and self.temperature == 1.0
+
+    def density(self, site: Any) -> Tensor | None:
+        """What a site with latents inside counts in this mode; ``None`` for any other site."""
+        if not has_inner_latents(site["fn"]):
+            return None
+        return tracked(site["fn"], site["value"], hard=self.hard, temperature=self.temperature)
 
     @property
     def tracked(self) -> str:
@@ -73,7 +89,14 @@ class Expectation:
             ProgramError: a datum has probability zero.
         """
         with torch.no_grad():
-            graph = FactorGraph(program, args, kwargs, layout, temperature=mode.temperature)
+            graph = FactorGraph(
+                program,
+                args,
+                kwargs,
+                layout,
+                temperature=mode.temperature,
+                density=None if mode.is_soft else mode.density,
+            )
             if graph.enumerated is None:
                 value, weights = graph.apart()[0], {}
             else:
@@ -84,8 +107,7 @@ class Expectation:
             objective = value.double().sum() * graph.data_scale
             terms: list[Weighted] = []
             for term in _weighted(graph, weights):
-                inside = opened(term, hard=mode.hard, temperature=mode.temperature)
-                objective, terms = objective + inside.gain, [*terms, *inside.terms]
+                terms += opened(term, hard=mode.hard, temperature=mode.temperature)
             return Expectation(objective, value, terms)
 
     @staticmethod
@@ -108,7 +130,7 @@ class Expectation:
                 if term.name in q and has_inner_latents(term.fn):
                     found += assigned(term, q[term.name])
                 else:
-                    found += opened(term, hard=False, temperature=1.0).terms
+                    found += opened(term, hard=False, temperature=1.0)
             return found
 
 
@@ -143,11 +165,14 @@ def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weigh
             weight = posterior[name].reshape(log_prob.shape)
         else:
             weight = log_prob.new_ones(()).expand(log_prob.shape)
+        value = site["value"]
         if site["mask"] is not None:
             weight = weight * site["mask"]
+            if site["is_observed"] and value.is_floating_point():
+                value = value.nan_to_num(0.0, 0.0, 0.0)  # whatever it is, it has no weight
         if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
             weight = weight * site["scale"]
-        terms.append(Weighted(name, site["fn"], site["value"], weight))
+        terms.append(Weighted(name, site["fn"], value, weight))
     return terms
 
 

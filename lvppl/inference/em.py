@@ -13,13 +13,31 @@ from pyro import poutine
 from lvppl.conjugate import ConjugateLatents
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph, enumerating, explained_run
-from lvppl.inference.arguments import check_counts, check_data, explained, named_device, tensors_in
+from lvppl.inference.arguments import (
+    check_callables,
+    check_counts,
+    check_data,
+    explained,
+    named_device,
+    tensors_in,
+)
 from lvppl.inference.e_step import Mode
+from lvppl.inference.em_checks import (
+    inside_constraints,
+    probing,
+    refuse_drawn_rows,
+    refuse_infinite,
+)
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Problem, Settings
 from lvppl.inference.fit import Fit, moved, versions
 from lvppl.inference.inner_latents import has_inner_latents
-from lvppl.inference.map_latents import MapLatents, continuous_latents, require_conjugate
+from lvppl.inference.map_latents import (
+    ContinuousLatents,
+    MapLatents,
+    continuous_latents,
+    require_conjugate,
+)
 from lvppl.inference.minibatch import data_plates_of, gather, num_rows
 from lvppl.inference.missing import MissingValues
 from lvppl.inference.starts import INITS, start_of
@@ -28,7 +46,7 @@ from lvppl.inference.variational_em import alternate
 from lvppl.layout import layout_of
 from lvppl.objectives import ELBO
 from lvppl.seeding import checked_seed, derived_seed, seeded
-from lvppl.tracing import trace_pair, undisturbed
+from lvppl.tracing import plates_of, sample_sites, trace_pair, traced, undisturbed
 
 __all__ = ["EM"]
 
@@ -102,14 +120,18 @@ class EM:
                 not callable(program) or isinstance(program, type)
             ):
                 raise ProgramError(f"{role} must be a Pyro program (a callable), not {program!r}")
-        if guide is not None and (hard or temperature or online or restarts > 1 or init != "model"):
+        check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
+        for name, flag in (("hard", hard), ("online", online)):
+            if not isinstance(flag, bool):
+                raise ProgramError(f"{name} must be True or False, but is {flag!r}")
+        exact = hard or online or temperature is not None or restarts > 1 or init != "model"
+        if guide is not None and exact:
             raise ProgramError(
                 "hard, temperature, online, restarts and init belong to EM with an exact E-step: "
                 "leave them out with a guide."
             )
         if guide is None and objective is not None:
             raise ProgramError("objective is the bound of a fit with a guide: give a guide too.")
-        check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
         if init not in INITS:
             raise ProgramError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
         if restarts > 1 and init == "model":
@@ -175,10 +197,15 @@ class EM:
         data, kwargs = moved(data, where), moved(kwargs, where)
         if missing not in (None, "nan"):
             raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
+        check_callables(callbacks)
+        refuse_infinite(data)
+        asked = batch_size
         batch_size = check_data(data, batch_size, None, missing is None, remedy=_NAN_REMEDY)
         if self.online and batch_size is None:
+            came = "none was given" if asked is None else f"{asked} came for {num_rows(data)} rows"
             raise ProgramError(
-                "online=True needs fit(..., batch_size=...): the minibatch of a step"
+                "online=True needs fit(..., batch_size=...), the rows of a step, fewer than the "
+                f"data have; {came}. Leave online out to use all rows at each step."
             )
         state = FitState(where if given else None)
         if self.guide is not None:
@@ -223,7 +250,10 @@ class EM:
             value = given(iteration) if callable(given) else given
             value = 1.0 if value is None else value
             if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ProgramError(f"temperature must be a number above 0, but is {value!r}")
+                raise ProgramError(
+                    f"temperature must be a number above 0, but is {value!r}. The limit 0 is "
+                    "hard=True."
+                )
             return Mode(self.hard, float(value))
 
         mode(0)
@@ -257,17 +287,29 @@ class EM:
             seeded(derived_seed(seed, "prepare"), device),
             explained(data, kwargs, modules, EM.fit),
         ):
-            with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
-                trace_pair(self.model, None, data, kwargs)
+            with (
+                state.discovering(),
+                state.buffers_preserved(),
+                torch.no_grad(),
+                poutine.block(),
+                inside_constraints(),
+            ):
+                trace, _ = trace_pair(self.model, None, data, kwargs)
+            refuse_drawn_rows(trace)
             model = MissingValues()(self.model) if missing else self.model
             continuous = continuous_latents(model, data, kwargs)
             latents = MapLatents(continuous.shared)
             program = latents(enumerating(ConjugateLatents(continuous.local)(model)))
             batches = _batches(self.model, data, kwargs, batch_size)
+            _refuse_rows_of_parameters(continuous, self.model, batches, kwargs)
+            with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
+                traced("model", program, batches[0], kwargs)  # the latents' parameters, too
             with undisturbed():
                 graph = _few_rows(program, batches[0], kwargs)
+                if continuous.local:  # what is integrated is checked at every datum
+                    for batch in batches:
+                        require_conjugate(_graph(program, batch, kwargs))
             _require_latents(graph)
-            require_conjugate(graph)
             state.claim()
             if not state.tensors():
                 raise ProgramError(
@@ -275,19 +317,21 @@ class EM:
                     "PyroModule with PyroParam, or pyro.module. The posterior of the latents is "
                     "lvppl.posterior(model, *data)."
                 )
+            _require_double(continuous, state)
             store = pyro.get_param_store().get_state()
-            return Problem.of(
-                program=program,
-                latents=latents,
-                batches=batches,
-                kwargs=dict(kwargs),
-                tensors=state.tensors(),
-                constraints=store["constraints"],
-                floor=self.floor,
-                device=device,
-                integrated=continuous.local,
-                missing=missing,
-            )
+            with probing(store["constraints"]):
+                return Problem.of(
+                    program=program,
+                    latents=latents,
+                    batches=batches,
+                    kwargs=dict(kwargs),
+                    tensors=state.tensors(),
+                    constraints=store["constraints"],
+                    floor=self.floor,
+                    device=device,
+                    integrated=continuous.local,
+                    missing=missing,
+                )
 
     # ---------------------------------------------------------------------------------- restarts
 
@@ -389,11 +433,40 @@ def _few_rows(program: Program, batch: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _graph(program: Program, batch: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FactorGraph:
-    layout = layout_of(program, None, batch, kwargs)
-    with explained_run(layout):
+    with explained_run(program, batch, kwargs):
+        layout = layout_of(program, None, batch, kwargs)
         graph = FactorGraph(program, batch, kwargs, layout, guarded=True)
     graph.require_affordable()
     return graph
+
+
+def _require_double(continuous: ContinuousLatents, state: FitState) -> None:
+    """An integral is made of differences of log-densities, which float32 does not hold."""
+    if continuous.local and any(t.dtype != torch.float64 for t in state.tensors().values()):
+        raise ProgramError(
+            f"Latent '{continuous.local[0]}' is integrated out of each datum, which needs float64, "
+            "but parameters are float32. Use model.double() and y.double()."
+        )
+
+
+def _refuse_rows_of_parameters(
+    continuous: ContinuousLatents,
+    model: Program,
+    batches: list[tuple[Any, ...]],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """A latent of each row of a batch cannot be a parameter: all batches would share it."""
+    if len(batches) < 2 or not continuous.shared:
+        return
+    with undisturbed(), poutine.block():
+        sites = sample_sites(poutine.trace(model).get_trace(*batches[0], **kwargs))
+    rows = num_rows(batches[0])
+    for site in sites:
+        if site["name"] in continuous.shared and any(p.size == rows for p in plates_of(site)):
+            raise ProgramError(
+                f"Latent '{site['name']}' becomes a parameter, one for each row of the data, so "
+                "that batches cannot share it. Leave batch_size out."
+            )
 
 
 def _require_latents(graph: FactorGraph) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.e_step import (
     Expectation,
     Mode,
@@ -17,11 +18,13 @@ from lvppl.inference.e_step import (
     sites_of,
     traced_sites,
 )
+from lvppl.inference.fast_chain import FastChain
 from lvppl.inference.fast_mixture import FastMixture
 from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.m_step import MStep
 from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, bind, merged
 from lvppl.inference.m_step.entries import Parameters
+from lvppl.inference.m_step.floors import Floors
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.inference.map_latents import MapLatents
@@ -34,6 +37,8 @@ from lvppl.seeding import derived_seed
 __all__ = ["Loop", "Problem", "Settings"]
 
 Batch = tuple[Any, ...]
+
+_KERNELS: tuple[type[FastMixture] | type[FastChain], ...] = (FastMixture, FastChain)
 
 _MOST_RESEEDS = 20
 """In one run; a component that dies again and again is one too many."""
@@ -55,7 +60,7 @@ class Problem:
     """Continuous latents of each datum, integrated out."""
     missing: str | None = None
     """``"nan"`` where NaN is a missing value."""
-    kernels: dict[Any, FastMixture | None] = field(default_factory=dict)
+    kernels: dict[Any, FastMixture | FastChain | None] = field(default_factory=dict)
     by_data: bool = False
     """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
 
@@ -101,22 +106,39 @@ class Problem:
             terms = sites_of(self.program, batch, self.kwargs, layout)
             return [*terms, *self.latents.priors.values()]
 
-        with torch.no_grad():
-            return bind(run, self.parameters)
+        kept = dict(self.latents.priors)
+        try:
+            with torch.no_grad():
+                return bind(run, self.parameters)
+        finally:  # probing has left them at a random point
+            self.latents.priors.update(kept)
 
     def plan(self) -> MStep:
         """The M-step, found by probing on the first batch, and on all where they may differ."""
-        found = self.bindings(self.batches[0])
+        found, others = self.bindings(self.batches[0]), []
         if len(self.batches) > 1:
-            others = [self.bindings(batch) for batch in self.batches[1:2]]
+            others = [self.bindings(batch) for batch in (self.batches[1], self.batches[-1])]
             self.by_data = _follow_data([found, *others], self._rows)
             if self.by_data:
                 others += [self.bindings(batch) for batch in self.batches[2:]]
-                found = merged([found, *others])
-        batch = self.batches[0]
-        terms = sites_of(self.program, batch, self.kwargs, self.layout(batch))
-        priors = list(self.latents.priors.values())
-        return MStep(self.parameters, terms, priors, found, floor=self.floor)
+        every = [found, *others]
+        found = merged(every)
+        with torch.no_grad():
+            floors = Floors(map(self._sites, self.batches))
+        terms = self._sites(self.batches[0])
+        priors = self.latents.priors
+        return MStep(
+            self.parameters,
+            terms,
+            priors,
+            found,
+            others=[b for b in every if self.by_data],
+            floor=self.floor,
+            floors=floors,
+        )
+
+    def _sites(self, batch: Batch) -> list[Weighted]:
+        return sites_of(self.program, batch, self.kwargs, self.layout(batch))
 
     def gather(self, batch: Batch, terms: Sequence[Weighted], into: Statistics) -> Statistics:
         """Add the statistics of a batch's weighted sites."""
@@ -131,7 +153,8 @@ class Problem:
         sites = traced_sites(self.program, batch, self.kwargs, layout)
         key = (id(batch), mode.hard)
         if key not in self.kernels:
-            self.kernels[key] = FastMixture.of(sites, layout, self.m_step.bindings, mode)
+            found = [kind.of(sites, layout, self.m_step.bindings, mode) for kind in _KERNELS]
+            self.kernels[key] = next((kernel for kernel in found if kernel is not None), None)
         kernel = self.kernels[key]
         return None if kernel is None else kernel(sites, layout, mode, into)
 
@@ -197,7 +220,7 @@ class Loop:
             while self.status == "running":
                 with self.state.active(), self.state.buffers_preserved(), torch.no_grad():
                     stop = self._iterate()
-                if stop == "decreased":
+                if stop in ("decreased", "failed", "diverged"):
                     self.state.assign(*kept)
                 elif self.objectives and math.isfinite(self.objectives[-1]):
                     self.best = self.objectives[-1]
@@ -228,9 +251,19 @@ class Loop:
     def _iterate(self) -> str:
         """E-step, a look at what it says, and if nothing stops the run, the M-step."""
         if self.settings.online:
+            if self.problem.m_step.by_gradient:
+                raise ProgramError(
+                    "online=True averages the statistics of closed-form M-steps, but "
+                    f"{', '.join(map(repr, self.problem.m_step.by_gradient))} have none: print the "
+                    "m_step table of a fit without online to see why. Use batch_size alone, or "
+                    "lvppl.SVI."
+                )
             return self._pass_online()
         self._before = self.state.values()
-        objective, statistics, terms = self._expectation()
+        try:
+            objective, statistics, terms = self._expectation()
+        except ProgramFailure as error:
+            return self._fail(error)
         self.objectives.append(objective)
         self._look(objective)
         if self.status != "running":
@@ -320,7 +353,22 @@ class Loop:
 
     def _rounding(self) -> float:
         dtypes = {p.tensor.dtype for p in self.problem.parameters.values()}
+        if self.problem.integrated:
+            return 1e-8
         return 1e-10 if dtypes <= {torch.float64} else 2e-6
+
+    def _fail(self, error: ProgramFailure) -> str:
+        """An M-step that led to where the program does not run."""
+        if self.iteration == 0:
+            raise error
+        first = str(error).splitlines()[0].rstrip(":")
+        self._stop(
+            "diverged",
+            f"after iteration {self.iteration} the program does not run ({first}); the parameters "
+            "before it are kept. A component may have shrunk onto one datum: EM(floor=...) bounds "
+            "its variance",
+        )
+        return "failed"
 
     def _stop(self, status: str, reason: str) -> None:
         if self.reseeded:
@@ -335,7 +383,15 @@ class Loop:
                 name = getattr(callback, "__name__", type(callback).__name__)
                 why = f": {said}" if str(said) else ""
                 self._stop("interrupted", f"callback {name} ended the fit{why}")
+                self._value_the_end()
                 return
+
+    def _value_the_end(self) -> None:
+        """The tracked quantity after the last M-step, where no E-step follows it."""
+        if not self.settings.online:
+            with self.state.active(), self.state.buffers_preserved(), torch.no_grad():
+                self.objectives.append(self._expectation()[0])
+            self.best = self.objectives[-1]
 
     # ------------------------------------------------------------------------------------- online
 
@@ -370,7 +426,7 @@ class Loop:
         new = new.scaled(problem.num_data / size)
         rate = (self._step_number + 2.0) ** -0.6
         if self._averaged is None:
-            self._averaged = new
+            self._averaged = problem.m_step.recentred(new)
         else:
             old = problem.m_step.recentred(self._averaged.scaled(1 - rate))
             self._averaged = Statistics.joined([old, new.scaled(rate)])
@@ -400,7 +456,7 @@ def _follow_data(found: Sequence[Mapping[Key, Binding]], rows: set[int]) -> bool
             return True
     return any(
         type(other.get(key)) is not type(binding)
-        or (isinstance(binding, Bound) and other[key].index.shape != binding.index.shape)  # type: ignore
+        or (isinstance(binding, Bound) and not binding.equals(other[key]))
         for other in found[1:]
         for key, binding in found[0].items()
     )

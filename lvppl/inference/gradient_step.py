@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lvppl.errors import ProgramFailure
+
 __all__ = ["raise_by_gradient"]
+
+_FIRST_STEPS = (1.0, 1e-2, 1e-4)
+"""Tried in turn where a line search leaves the set on which the program runs."""
 
 
 def raise_by_gradient(
@@ -25,12 +31,39 @@ def raise_by_gradient(
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     if not leaves:
         return
-    before = [leaf.detach().clone() for leaf in leaves]
     with torch.no_grad():
-        start = objective()
-    scale = max(1.0, float(start.abs()))
+        start = float(objective())
+    for first_step in _FIRST_STEPS:
+        best = _Best(start, [leaf.detach().clone() for leaf in leaves])
+        failed = _climb(objective, leaves, best, num_steps, first_step)
+        with torch.no_grad():
+            for leaf, value in zip(leaves, best.values, strict=True):
+                leaf.grad = None
+                leaf.copy_(value)
+        if not failed or best.objective > start:
+            return
+
+
+@dataclass
+class _Best:
+    """The largest objective that was met, and where."""
+
+    objective: float
+    values: list[Tensor]
+
+
+def _climb(
+    objective: Callable[[], Tensor],
+    leaves: list[Tensor],
+    best: _Best,
+    num_steps: int,
+    first_step: float,
+) -> bool:
+    """L-BFGS from the leaves on; whether it went where the program does not run."""
+    scale = max(1.0, abs(best.objective))
     optimizer = torch.optim.LBFGS(
         leaves,
+        lr=first_step,
         max_iter=num_steps,
         line_search_fn="strong_wolfe",
         tolerance_grad=1e-12,
@@ -39,16 +72,18 @@ def raise_by_gradient(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -objective() / scale
+        value = objective()
+        reached = float(value.detach())
+        if reached > best.objective:
+            best.objective = reached
+            best.values = [leaf.detach().clone() for leaf in leaves]
+        loss = -value / scale
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    for leaf in leaves:
-        leaf.grad = None
-    with torch.no_grad():
-        end = objective()
-        if not bool(end >= start):  # a failed line search, or NaN
-            for leaf, value in zip(leaves, before, strict=True):
-                leaf.copy_(value)
+    try:
+        with torch.enable_grad():
+            optimizer.step(closure)
+    except ProgramFailure:
+        return True
+    return not all(bool(leaf.isfinite().all()) for leaf in leaves)

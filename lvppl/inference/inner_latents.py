@@ -16,7 +16,6 @@ and for a mixture ``y.mixture`` and ``y.component``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -29,24 +28,13 @@ from lvppl.distributions import HiddenMarkov
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
 
 __all__ = [
-    "Opened",
     "assigned",
     "has_inner_latents",
     "opened",
     "structure",
+    "tracked",
     "vectors_inside",
 ]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Sites of Q in place of one, and what the tracked quantity gains over ln p(y) of it.
-
-    The gain is zero for the soft E-step, whose value is ln p(y) itself.
-    """
-
-    terms: list[Weighted]
-    gain: Tensor | float = 0.0
 
 
 def has_inner_latents(fn: Any) -> bool:
@@ -68,13 +56,34 @@ def structure(term: Weighted) -> list[Weighted]:
     return [leaf for part in inner for leaf in structure(part)]
 
 
-def opened(term: Weighted, *, hard: bool, temperature: float) -> Opened:
+def tracked(fn: Any, value: Tensor, *, hard: bool, temperature: float) -> Tensor:
+    """What an E-step of this kind makes of a site, batch-shaped, in place of ln p(y).
+
+    For hard assignments the largest term of the sum over the latents inside; at a temperature
+    T ln Σ exp(./T). Components of a mixture inside a chain are summed softly all the same.
+    """
+    if isinstance(fn, td.Independent):
+        inner = tracked(fn.base_dist, value, hard=hard, temperature=temperature)
+        return inner.sum(list(range(-fn.reinterpreted_batch_ndims, 0)))
+    if isinstance(fn, dist.MaskedDistribution):
+        inner = tracked(fn.base_dist, value, hard=hard, temperature=temperature)
+        return torch.where(torch.as_tensor(fn._mask), inner, torch.zeros_like(inner))
+    if isinstance(fn, HiddenMarkov):
+        if hard:
+            return viterbi(*fn.log_factors(value), lengths=fn.lengths)[1]
+        factors = [factor / temperature for factor in fn.log_factors(value)]
+        return temperature * chain_log_sum(*factors, lengths=fn.lengths)
+    logs = _mixture_terms(fn, value)
+    return logs.amax(-1) if hard else temperature * (logs / temperature).logsumexp(-1)
+
+
+def opened(term: Weighted, *, hard: bool, temperature: float) -> list[Weighted]:
     """A site as what it is made of, weighted by the posterior of the latents inside.
 
     Components of a mixture inside a chain are summed softly, whatever the path of the chain.
     """
     if not has_inner_latents(term.fn):
-        return Opened([term])
+        return [term]
     peeled = peel(term)
     if isinstance(peeled.base, HiddenMarkov):
         return _open_chain(term.name, peeled.base, peeled.value, peeled.weight, hard, temperature)
@@ -121,7 +130,7 @@ def assigned(term: Weighted, q: Tensor) -> list[Weighted]:
         for (part, base, at), w in zip(
             _chain_parts(term.name, fn, peeled.value), weights, strict=True
         )
-        for leaf in opened(Weighted(part, base, at, w), hard=False, temperature=1.0).terms
+        for leaf in opened(Weighted(part, base, at, w), hard=False, temperature=1.0)
     ]
 
 
@@ -153,28 +162,26 @@ def _chain_parts(name: str, fn: HiddenMarkov, value: Tensor) -> list[Part]:
 
 def _open_chain(
     name: str, fn: HiddenMarkov, value: Tensor, weight: Tensor, hard: bool, temperature: float
-) -> Opened:
+) -> list[Weighted]:
     with torch.no_grad():
         uniform = all(s == 0 or n == 1 for s, n in zip(weight.stride(), weight.shape, strict=True))
         shared = fn.transition_logits.dim() == 2
-        gain: Tensor | float = 0.0
         if not hard and temperature == 1.0 and (uniform or not shared):
-            tracked, marginals, pairs = fn.posterior(value)
+            _, marginals, pairs = fn.posterior(value)
         else:
             factors = [factor / temperature for factor in fn.log_factors(value)]
             if not uniform and shared:  # counts of each sequence, to be weighted
                 factors[1], shared = factors[1].expand(*factors[2].shape[:-2], 1, -1, -1), False
             if hard:
-                tracked, marginals, pairs = _best_path(factors, fn.lengths)
+                marginals, pairs = _best_path(factors, fn.lengths)
             else:
-                tracked, marginals, pairs = forward_backward(*factors, lengths=fn.lengths)
-        if hard or temperature != 1.0:
-            plain = chain_log_sum(*fn.log_factors(value), lengths=fn.lengths)
-            gain = (weight * (temperature * tracked - plain)).double().sum()
+                _, marginals, pairs = forward_backward(*factors, lengths=fn.lengths)
         _, observed = fn.observations(value)
         marginals = marginals * weight[..., None, None]
         scale = weight.flatten()[0] if shared and weight.numel() else weight[..., None, None, None]
         pairs = pairs * scale
+        if fn.transition_logits.dim() == 2 and pairs.dim() > 2:  # one matrix for all sequences
+            pairs = pairs.reshape(-1, *pairs.shape[-2:]).sum(0)
         seen = marginals if observed is None else marginals * observed[..., None]
         weights = [
             marginals[..., 0, :].movedim(-1, 0),
@@ -183,14 +190,13 @@ def _open_chain(
         ]
     terms: list[Weighted] = []
     for (part, base, at), w in zip(_chain_parts(name, fn, value), weights, strict=True):
-        inner = opened(Weighted(part, base, at, w), hard=False, temperature=1.0)
-        terms += inner.terms
-    return Opened(terms, gain)
+        terms += opened(Weighted(part, base, at, w), hard=False, temperature=1.0)
+    return terms
 
 
-def _best_path(factors: Sequence[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The hard posterior: ln p of the best path, and its states and transitions as indicators."""
-    states, log_joint = viterbi(*factors, lengths=lengths)
+def _best_path(factors: Sequence[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The hard posterior: the states and the transitions of the best path, as indicators."""
+    states, _ = viterbi(*factors, lengths=lengths)
     K, T = factors[2].shape[-1], states.shape[-1]
     at = torch.nn.functional.one_hot(states, K).to(factors[2])
     if lengths is not None:
@@ -200,9 +206,9 @@ def _best_path(factors: Sequence[Tensor], lengths: Tensor | None) -> tuple[Tenso
     if transition.dim() == 2 or transition.shape[-3] == 1 != T - 1:
         pairs = at[..., :-1, :].mT @ at[..., 1:, :]
         if transition.dim() == 2:
-            return log_joint, at, pairs.reshape(-1, K, K).sum(0)
-        return log_joint, at, pairs.unsqueeze(-3)
-    return log_joint, at, at[..., :-1, :, None] * at[..., 1:, None, :]
+            return at, pairs.reshape(-1, K, K).sum(0)
+        return at, pairs.unsqueeze(-3)
+    return at, at[..., :-1, :, None] * at[..., 1:, None, :]
 
 
 # ------------------------------------------------------------------------------------ the mixture
@@ -218,6 +224,13 @@ def _mixture_parts(name: str, fn: td.MixtureSameFamily, value: Tensor) -> list[P
     ]
 
 
+def _mixture_terms(fn: td.MixtureSameFamily, value: Tensor) -> Tensor:
+    """ln p(component) + ln p(y | component), (..., components)."""
+    inner = value.unsqueeze(-1 - len(fn.event_shape))
+    logs: Tensor = fn.mixture_distribution.logits + fn.component_distribution.log_prob(inner)
+    return logs
+
+
 def _open_mixture(
     name: str,
     fn: td.MixtureSameFamily,
@@ -225,22 +238,17 @@ def _open_mixture(
     weight: Tensor,
     hard: bool,
     temperature: float,
-) -> Opened:
+) -> list[Weighted]:
     with torch.no_grad():
-        inner = value.unsqueeze(-1 - len(fn.event_shape))
-        logs = fn.mixture_distribution.logits + fn.component_distribution.log_prob(inner)
-        plain = logs.logsumexp(-1)
+        logs = _mixture_terms(fn, value)
         if hard:
-            best = logs.argmax(-1)
-            r = torch.nn.functional.one_hot(best, logs.shape[-1]).to(logs)
-            tracked = logs.amax(-1)
+            r = torch.nn.functional.one_hot(logs.argmax(-1), logs.shape[-1]).to(logs)
         else:
             r = (logs / temperature).softmax(-1)
-            tracked = temperature * (logs / temperature).logsumexp(-1)
-        gain = (weight * (tracked - plain)).double().sum() if hard or temperature != 1.0 else 0.0
         w = weight[..., None] * r
-    weights = [w.movedim(-1, 0), w]
-    terms = []
-    for (part, base, at), share in zip(_mixture_parts(name, fn, value), weights, strict=True):
-        terms += opened(Weighted(part, base, at, share), hard=False, temperature=1.0).terms
-    return Opened(terms, gain)
+    terms: list[Weighted] = []
+    for (part, base, at), share in zip(
+        _mixture_parts(name, fn, value), [w.movedim(-1, 0), w], strict=True
+    ):
+        terms += opened(Weighted(part, base, at, share), hard=False, temperature=1.0)
+    return terms

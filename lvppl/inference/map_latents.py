@@ -23,6 +23,7 @@ from lvppl.tracing import (
     plates_of,
     sample_sites,
     support_of,
+    traced,
     undisturbed,
 )
 
@@ -81,8 +82,8 @@ def continuous_latents(model: Program, args: Any, kwargs: Mapping[str, Any]) -> 
             support.
     """
     with undisturbed(), poutine.block():
-        sites = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
-    observed = [s for s in sites if s["is_observed"] and s["value"].numel() > 0]
+        sites = sample_sites(traced("model", model, args, kwargs))
+    observed = [s for s in sites if s["is_observed"] and len(torch.as_tensor(s["value"]).flatten())]
     shared, local = [], []
     for site in sites:
         if site["is_observed"] or is_enumerated(site) or is_discrete(site):

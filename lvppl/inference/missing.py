@@ -89,4 +89,5 @@ def _valid(fn: Any) -> float:
         support = support.base_constraint
     if isinstance(support, constraints.interval):
         return float(torch.as_tensor(support.lower_bound + support.upper_bound).mean()) / 2
-    return 1.0 if isinstance(support, constraints.greater_than) else 0.0
+    positive = constraints.greater_than | constraints.greater_than_eq
+    return 1.0 if isinstance(support, positive) else 0.0

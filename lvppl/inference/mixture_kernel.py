@@ -315,6 +315,34 @@ class MixtureKernel:
                 result[rows] = _first_max(terms)[0]
         return result
 
+    @torch.no_grad()
+    def log_densities(self, loc: Tensor, scale: Tensor | None = None) -> Tensor:
+        """ln N(y_n | k), nats, float64, shape (N, K)."""
+        at = self._parameters(loc.new_zeros(len(loc)), loc, scale)
+        result = self._shift.new_empty(len(self.y), len(loc))
+        for rows, _, terms in self._terms(at, 1.0):
+            result[rows] = terms.t()
+        return result
+
+    @torch.no_grad()
+    def moments(
+        self, responsibilities: Tensor, loc: Tensor, scale: Tensor | None = None
+    ) -> MixtureStatistics:
+        """The statistics of given responsibilities (N, K), as of a hidden Markov model's states.
+
+        The objective is NaN: it is not the mixture's.
+        """
+        at = self._parameters(loc.new_zeros(len(loc)), loc, scale)
+        total = torch.zeros_like(at.natural)
+        scatter = self._shift.new_zeros(self.y.shape[1], self.y.shape[1])
+        for rows, phi in self._chunks(at, 0):
+            r = responsibilities[rows].to(phi)
+            total.addmm_(r.t(), phi.t())
+            if self.covariance == "tied":
+                linear = phi[self._rows.order_two : -1]
+                scatter.addmm_(linear * r.sum(-1), linear.t())
+        return self._central(at, self._shift.new_tensor(math.nan), total, scatter)
+
     def _soft(
         self, at: _Parameters, temperature: float | Tensor, weight: Tensor | None
     ) -> MixtureStatistics:
@@ -356,11 +384,19 @@ class MixtureKernel:
         self, at: _Parameters, temperature: float | Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each chunk's slice, Phi (F, n) and ln w_k N_k (K, n), divided by T unless hard."""
-        count, width = at.natural.shape
-        size = self._size(8 * (width + 2 * count + self.y.shape[1]))
+        count = len(at.natural)
         natural = at.natural if self.hard else at.natural / temperature
-        phi, terms = natural.new_ones(width, size), natural.new_empty(count, size)
-        centred = natural.new_empty(self.y.shape[1], size)
+        terms = natural.new_empty(0)
+        for rows, phi in self._chunks(at, 2 * count):
+            if terms.numel() == 0:  # the first chunk is the largest
+                terms = natural.new_empty(count, phi.shape[1])
+            yield rows, phi, torch.mm(natural, phi, out=terms[:, : phi.shape[1]])
+
+    def _chunks(self, at: _Parameters, more: int) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk's slice and Phi (F, n); a chunk leaves room for ``more`` numbers a datum."""
+        width = at.natural.shape[1]
+        size = self._size(8 * (width + more + self.y.shape[1]))
+        phi, centred = at.natural.new_ones(width, size), at.loc.new_empty(self.y.shape[1], size)
         for start in range(0, len(self.y), size):
             rows = slice(start, min(start + size, len(self.y)))
             n = rows.stop - start
@@ -368,7 +404,7 @@ class MixtureKernel:
             if self.covariance == "tied":
                 data = torch.linalg.solve_triangular(at.scale, data, upper=False)
             self._rows.fill(data, phi[:, :n])
-            yield rows, phi[:, :n], torch.mm(natural, phi[:, :n], out=terms[:, :n])
+            yield rows, phi[:, :n]
 
     def _sums(self, at: _Parameters) -> MixtureStatistics:
         """k-means: sums of the data that each component won; no residuals."""
@@ -522,8 +558,9 @@ def _first_max(scores: Tensor) -> tuple[Tensor, Tensor]:
     chosen = torch.eq(scores, largest[..., None, :], out=scores)
     mark = torch.arange(_MARK, _MARK + scores.shape[-2], dtype=scores.dtype)
     index = torch.matmul(mark, chosen)
-    tied = (index < _MARK) | (index >= 2 * _MARK)  # none is equal to NaN
-    label = index.sub_(_MARK).long()
-    if tied.any():
+    low, high = index.aminmax()
+    label = (index - _MARK).long()
+    if low < _MARK or high >= 2 * _MARK:  # none is equal to NaN; several tie
+        tied = (index < _MARK) | (index >= 2 * _MARK)
         label[tied] = chosen.mT[tied].argmax(-1)
     return label, largest

@@ -47,6 +47,8 @@ def dead_components(m_step: MStep, statistics: Statistics) -> list[Dead]:
         mass.index_add_(0, index[bound], n[bound])
     dead = []
     for name in m_step.with_role("location"):
+        if name in m_step.priors:
+            continue  # an empty component belongs at its prior
         parameter = m_step.parameters[name]
         shape = parameter.value.shape
         if len(shape) < 1 or shape[0] < 2:
@@ -78,6 +80,8 @@ def reseed(problem: Any, dead: list[Dead]) -> None:
         gone = {one.row for one in dead if one.parameter == name}
         for row in sorted(gone):
             living = [k for k in range(len(value)) if k not in gone]
+            if not living or bool((spread <= torch.finfo(spread.dtype).tiny).any()):
+                return  # there is nothing to go by
             distance = torch.cdist(rows / spread, centres[living] / spread).amin(-1)
             centres[row] = rows[distance.argmax()]
             gone = gone - {row}

@@ -13,6 +13,7 @@ from lvppl.checks import check
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.arguments import (
     as_tuple,
+    check_callables,
     check_counts,
     check_data,
     explained,
@@ -146,7 +147,7 @@ class SVI:
         :param resume: go on from this fit. On a CPU the result is that of an uninterrupted run.
         :raises ProgramError: before the first step, where program, data or options do not fit.
         """
-        _check_callables(callbacks, transform)
+        check_callables(callbacks, transform)
         if resume is not None:
             seed, batch_size = _resumed_settings(resume, seed, batch_size)
         seed = checked_seed(seed)
@@ -376,24 +377,17 @@ def _checked_objective(objective: Any) -> Any:
     return objective
 
 
-def _check_callables(callbacks: Any, transform: Any) -> None:
-    if transform is not None and not callable(transform):
-        raise ProgramError(
-            "transform must be a callable from the tuple of a minibatch's arguments to another, "
-            f"but is {transform!r}"
-        )
-    if isinstance(callbacks, (list, tuple)) and all(map(callable, callbacks)):
-        return
-    name = getattr(callbacks, "__name__", "callback")
-    hint = f": write callbacks=[{name}]" if callable(callbacks) else ""
-    raise ProgramError(f"callbacks must be a list of callables, but is {callbacks!r}{hint}")
-
-
 def _resumed_settings(fit: Any, seed: int | None, batch_size: int | None) -> tuple[int, int | None]:
     if not isinstance(fit, Fit):
         raise ProgramError(
             f"resume must be a fit, but is {fit!r}. Read a fit on disk with "
             "lvppl.load(folder, model, guide)."
+        )
+    if "learning_rate" not in fit.settings:
+        raise ProgramError(
+            "resume must be a fit by lvppl.SVI, but this one is by lvppl.EM: it has no optimiser "
+            "to go on with. Start from its parameters instead: write fit.params[name] as the first "
+            "values of the program."
         )
     if seed is not None and seed != fit.seed:
         raise ProgramError(f"the fit to be resumed has seed {fit.seed}, not {seed}: leave seed out")

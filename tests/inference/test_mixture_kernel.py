@@ -281,7 +281,8 @@ def test_options_that_cannot_be_used(options, message):
     ("y", "message"),
     [
         (torch.randn(5), r"shape \(N, D\)"),
-        (torch.ones(5, 2, dtype=torch.int64), "floating-point"),
+        (torch.ones(5, 2, dtype=torch.int64), "float32 or float64"),
+        (torch.ones(5, 2, dtype=torch.float16), "float32 or float64"),
         (torch.full((5, 2), torch.nan), "finite"),
         (torch.randn(0, 2), r"shape \(N, D\)"),
     ],

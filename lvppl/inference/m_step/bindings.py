@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lvppl.errors import ProgramError
 from lvppl.inference.m_step.entries import IMAGES, Image, Parameter, Parameters
 from lvppl.inference.m_step.families import Family, family_of
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
@@ -48,6 +49,14 @@ class Bound:
     @property
     def is_constant(self) -> bool:
         return self.image is None
+
+    def equals(self, other: object) -> bool:
+        """Whether two bindings are of the same entries with the same factors."""
+        return (
+            isinstance(other, Bound)
+            and torch.equal(self.index, other.index)
+            and torch.equal(self.coefficient, other.coefficient)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +113,22 @@ def bind(run: Run, parameters: Parameters, *, seed: int = 0) -> dict[Key, Bindin
                 parameter.randomise(generator)
             points.append({n: p.tensor.detach().clone() for n, p in parameters.items()})
             probes.append(dict(_arguments(run(), roles)))
+        _require_same_sites(probes)
         search = _Search(parameters, points)
         bound = {key: search.find([p[key] for p in probes], roles[key]) for key in roles}
         found: dict[Key, Binding] = {key: b for key, b in bound.items() if b is not None}
         loose = [key for key in roles if key not in found]
         return found | _loose(loose, run, parameters, roles, points) if loose else found
+
+
+def _require_same_sites(probes: Sequence[Mapping[Key, Tensor]]) -> None:
+    for probe in probes[1:]:
+        other = probe.keys() ^ probes[0].keys()
+        if other:
+            raise ProgramError(
+                f"Site '{sorted(other)[0][0]}' is there at some values of the parameters and not "
+                "at others. EM needs a program whose sites do not depend on its parameters."
+            )
 
 
 def merged(found: Sequence[Mapping[Key, Binding]]) -> dict[Key, Binding]:
@@ -140,6 +160,10 @@ def _widened(affine: Affine, entries: Tensor) -> Affine:
 
 def _arguments(terms: Sequence[Weighted], roles: dict[Key, str]) -> Iterator[tuple[Key, Tensor]]:
     for term in terms:
+        if not term.is_prior:  # data that parameters move, as in obs=y - b
+            value = term.value.detach().double()
+            roles[term.name, "value"] = "unknown"
+            yield (term.name, "value"), torch.stack([value.sum(), value.square().sum()])
         family, arguments = arguments_of(term)
         given = _hyperparameters(term) if family is None and term.is_prior else {}
         for name, value in given.items():

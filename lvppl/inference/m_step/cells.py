@@ -69,6 +69,10 @@ class Cells:
             {n: added(v) for n, v in self.values.items()},
         )
 
+    def replaced(self, reference: dict[str, Tensor]) -> Cells:
+        """The same statistics with other references; rows that become alike are added up."""
+        return Cells(self.keys, {**self.reference, **reference}, self.values).compressed()
+
     def updated(
         self, change: Callable[[Cells], tuple[dict[str, Tensor], dict[str, Tensor]]]
     ) -> Cells:

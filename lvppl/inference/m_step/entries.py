@@ -63,21 +63,27 @@ def _kind(parameter: Parameter) -> str:
     c = parameter.constraint
     while isinstance(c, constraints.independent):
         c = c.base_constraint
-    if c is constraints.real or isinstance(c, type(constraints.real)):
-        return "real"
-    if c is constraints.simplex:
-        return "simplex"
-    if c is constraints.lower_cholesky:
-        return "cholesky"
-    if c is constraints.positive_definite:
-        return "positive_definite"
-    if isinstance(c, constraints.interval) and (c.lower_bound, c.upper_bound) == (0, 1):
-        return "unit"
-    if isinstance(c, constraints.greater_than | constraints.greater_than_eq) and c.lower_bound == 0:
+    # by type: a copied or unpickled model has constraints of its own
+    for kind, same in (
+        ("real", constraints.real),
+        ("simplex", constraints.simplex),
+        ("cholesky", constraints.lower_cholesky),
+        ("positive_definite", constraints.positive_definite),
+    ):
+        if type(c) is type(same):
+            return kind
+    if isinstance(c, constraints.interval):
+        return "unit" if _all(c.lower_bound, 0) and _all(c.upper_bound, 1) else "other"
+    positive = constraints.greater_than | constraints.greater_than_eq
+    if isinstance(c, positive) and _all(c.lower_bound, 0):
         return "positive"
     if type(c).__name__ in ("_SoftplusPositive", "_SoftplusLowerCholesky"):
         return "positive" if "Cholesky" not in type(c).__name__ else "cholesky"
     return "other"
+
+
+def _all(bound: Tensor | float, value: float) -> bool:
+    return bool((torch.as_tensor(bound) == value).all())
 
 
 def _is(*kinds: str) -> Callable[[Parameter], bool]:

@@ -33,6 +33,7 @@ __all__ = [
     "probabilities",
     "rates",
     "regression",
+    "regression_moved",
     "scale_totals",
     "scales",
     "simplexes",
@@ -143,13 +144,19 @@ def regression(cells: Cells) -> tuple[Tensor, Cells]:
     gradient = (cells.values["gradient"] * weight[:, None]).sum(0)
     step = torch.linalg.lstsq(gram, gradient.unsqueeze(-1), driver=_driver(gram)).solution[:, 0]
 
+    return step, regression_moved(cells, step)
+
+
+def regression_moved(cells: Cells, step: Tensor) -> Cells:
+    """The cells about coefficients + step."""
+
     def change(old: Cells) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         gram, gradient = old.values["gram"], old.values["gradient"]
         bent = gram @ step
         second = old.values["second"] - 2 * (gradient @ step) + bent @ step
         return {}, {"second": second.clamp(min=0), "gradient": gradient - bent}
 
-    return step, cells.updated(change)
+    return cells.updated(change)
 
 
 def _driver(matrix: Tensor) -> str:
@@ -171,9 +178,9 @@ def mvn_locations(cells: Cells, dim: int) -> tuple[Tensor, Tensor]:
         mine = inverse == i
         n, first = cells.values["n"][mine], cells.values["first"][mine]
         patterns = cells.keys[mine, dim:]
-        if bool((patterns == patterns[0]).all()) and _same(
-            cells.reference["tril_coefficient"][mine]
-        ):
+        constant = bool((patterns[0] < 0).all())
+        one = cells.reference["tril" if constant else "tril_coefficient"][mine]
+        if _same(patterns) and _same(one):
             steps[i] = (c[mine, None] * first).sum(0) / (c[mine] ** 2 * n).sum()
             continue
         precision = torch.cholesky_inverse(cells.reference["tril"][mine])

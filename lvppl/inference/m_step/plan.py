@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lvppl.errors import ProgramError
 from lvppl.inference.m_step import forms
 from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, Unbound
 from lvppl.inference.m_step.cells import Cells
 from lvppl.inference.m_step.entries import IMAGES, Image, Parameter, Parameters
 from lvppl.inference.m_step.families import family_of
+from lvppl.inference.m_step.floors import Floors
 from lvppl.inference.m_step.priors import add_prior, add_regression_prior, is_conjugate
 from lvppl.inference.m_step.regressions import groups_of, regrouped
 from lvppl.inference.m_step.statistics import Statistics, gather
@@ -99,37 +101,46 @@ class MStep:
     Args:
         parameters: of the program.
         terms: the sites of one run, for their families.
-        priors: terms of latents that are treated as parameters.
+        priors: terms of latents that are treated as parameters, by name; whoever runs the program
+            keeps them at its present parameters.
         bindings: of their arguments.
-        floor: smallest variance, relative to the variance of the data at the same site.
+        others: the bindings of every batch, where they depend on the data.
+        floor: smallest variance, relative to ``floors``.
+        floors: variances of the data.
     """
 
     def __init__(
         self,
         parameters: Parameters,
         terms: Sequence[Weighted],
-        priors: Sequence[Weighted],
+        priors: Mapping[str, Weighted],
         bindings: Mapping[Key, Binding],
         *,
+        others: Sequence[Mapping[Key, Binding]] = (),
         floor: float,
+        floors: Floors,
     ) -> None:
         self.parameters = parameters
         self.bindings = dict(bindings)
-        self.priors = {term.name: term for term in priors}
+        self.priors = priors
         self.floor = floor
+        self.floors = floors
         self._owners = parameters.owners()
         self._names = list(parameters)
         self._roles = {
             (term.name, name): role
-            for term in [*terms, *priors]
+            for term in [*terms, *priors.values()]
             for name, role in getattr(family_of(peel(term).base), "roles", {}).items()
         }
         self._groups = groups_of(self.bindings, self._roles, parameters)
         self.bindings = self._in_groups(self.bindings)
         self._group_of = {n: i for i, group in enumerate(self._groups) for n in group.names}
+        # where they depend on the data, what is chosen has to hold for every batch
+        self._batches = [self._in_groups(b) for b in others] or [self.bindings]
         self._uses = self._all_uses()
+        self._centres: dict[int, Tensor] = {}
         self._steps = {name: self._step(name) for name in parameters}
-        self._spread = self._data_spread(terms)
+        self._steps.update(self._beside_gradients())
         self.bindings = self._without_loose(self.bindings)
 
     # ----------------------------------------------------------------------------------- choosing
@@ -144,13 +155,28 @@ class MStep:
 
     def _all_uses(self) -> dict[str, list[_Use]]:
         uses: dict[str, list[_Use]] = {name: [] for name in self.parameters}
-        for (site, argument), binding in self.bindings.items():
+        for key, binding in self._every_binding():
             if not isinstance(binding, Bound) or binding.image is None:
                 continue
             for owner in self._owners[binding.index[binding.index >= 0]].unique().tolist():
-                role = self._roles[site, argument]
-                uses[self._names[owner]].append(_Use(site, argument, role, binding.image))
+                use = _Use(*key, self._roles[key], binding.image)
+                if use not in uses[self._names[owner]]:
+                    uses[self._names[owner]].append(use)
         return uses
+
+    def _every_binding(self) -> Iterator[tuple[Key, Binding]]:
+        for bindings in self._batches:
+            yield from bindings.items()
+
+    def _of_use(self, use: _Use, name: str) -> list[Bound]:
+        """An argument's bindings in the batches in which it takes a parameter."""
+        number = self._names.index(name)
+        found = [bindings.get((use.site, use.argument)) for bindings in self._batches]
+        return [
+            b
+            for b in found
+            if isinstance(b, Bound) and bool((self._owners[b.index[b.index >= 0]] == number).any())
+        ]
 
     def _step(self, name: str) -> Step:
         uses = self._uses[name]
@@ -174,6 +200,27 @@ class MStep:
         if name in self.priors:
             formula += f", with its {type(peel(self.priors[name]).base).__name__} prior"
         return Step(name, how, formula, sites)
+
+    def _beside_gradients(self) -> dict[str, Step]:
+        """Scales whose location only climbs are the maximum given it, and no more."""
+        climbing = {
+            use.site
+            for name in self.by_gradient
+            for use in self._uses[name]
+            if use.role == "location"
+        } | {key[0] for key, b in self.bindings.items() if self._climbs(b)}
+        return {
+            name: replace(step, how="conditional")
+            for name, step in self._steps.items()
+            if step.how == "closed form"
+            and any(
+                u.role in ("scale", "cholesky") and u.site in climbing for u in self._uses[name]
+            )
+        }
+
+    def _climbs(self, binding: Binding) -> bool:
+        names = self._groups[binding.group].names if isinstance(binding, Affine) else ()
+        return any(self._steps[name].how == "gradient" for name in names)
 
     def _in_groups(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
         return regrouped(bindings, self._roles, self._groups, self.parameters)
@@ -239,16 +286,39 @@ class MStep:
             return f"its prior {type(peel(prior).base).__name__} is not conjugate to its sites"
         parameter = self.parameters[name]
         for use in uses:
-            binding = self.bindings[use.site, use.argument]
-            assert isinstance(binding, Bound)
-            if not _whole_rows(use.role, binding.index, parameter):
-                return f"'{use.site}' takes parts of it"
-        families = {self._family(use.site) for use in uses}
-        if (
-            uses[0].role == "location"
-            and len(families & {"MultivariateNormal"}) < len(families) > 1
-        ):
-            return "it is the location of a Normal and of a MultivariateNormal"
+            for binding in self._of_use(use, name):
+                if not _whole_rows(use.role, binding.index, parameter):
+                    return f"'{use.site}' takes parts of it"
+                if use.role == "cholesky" and not _one_factor(binding):
+                    return f"'{use.site}' multiplies its elements by different numbers"
+        sites = [use.site for use in uses] + ([name] if prior is not None else [])
+        if uses[0].role == "location" and len({self._family(site) for site in sites}) > 1:
+            return "a Normal and a MultivariateNormal meet in it"
+        if uses[0].role == "location" and self._family(sites[0]) == "MultivariateNormal":
+            return self._why_not_vectors(name, uses)
+        return ""
+
+    def _why_not_vectors(self, name: str, uses: Sequence[_Use]) -> str:
+        """The formula of a MultivariateNormal moves a vector as a whole, times one number."""
+        rows = []
+        for use, binding in ((u, b) for u in uses for b in self._of_use(u, name)):
+            D = binding.index.shape[-1]
+            index, c = binding.index.reshape(-1, D), binding.coefficient.reshape(-1, D)
+            bound = (index >= 0).any(-1)
+            if not bool((index[bound] >= 0).all()):
+                return f"'{use.site}' has a location of which it is only a part"
+            if not bool((c[bound] == c[bound][:, :1]).all()):
+                return f"'{use.site}' multiplies its elements by different numbers"
+            rows.append(index[bound])
+        if name in self.priors:
+            parameter = self.parameters[name]
+            own = torch.arange(parameter.size).reshape(parameter.value.shape) + parameter.offset
+            rows.append(own.reshape(-1, own.shape[-1]))
+        if len({row.shape[-1] for row in rows}) > 1:
+            return "it is the location of vectors of different lengths"
+        distinct = torch.cat(rows).unique(dim=0)
+        if distinct.numel() != len(distinct.unique()):
+            return "one of its elements stands in several places of a location"
         return ""
 
     def _family(self, site: str) -> str:
@@ -257,37 +327,46 @@ class MStep:
     def _is_conditional(self, name: str, role: str, uses: Sequence[_Use]) -> bool:
         """Whether the maximum of Q moves with other parameters."""
         if role == "location":
-            return not all(self._one_scale(name, use) for use in uses) or (
-                len({self._scale_of(use) for use in uses}) > 1
-            )
+            return not self._under_one_scale(name, uses)
         if role == "rate":
             return any((use.site, "concentration") in self._roles for use in uses)
         if role in ("scale", "cholesky"):
-            return any(isinstance(self.bindings.get((use.site, "loc")), Unbound) for use in uses)
+            return any(
+                isinstance(self.bindings.get((use.site, "loc")), Unbound)
+                or (use.site in self.priors and not self._under_one_scale(use.site))
+                for use in uses
+            )
         return role == "concentration"
 
-    def _scale_of(self, use: _Use) -> str:
-        binding = self._scale_binding(use)
-        if not isinstance(binding, Bound):
-            return use.site
-        return ",".join(map(str, binding.index.flatten().tolist()[:64]))
-
-    def _scale_binding(self, use: _Use) -> Binding | None:
-        other = "scale_tril" if self._family(use.site) == "MultivariateNormal" else "scale"
-        return self.bindings.get((use.site, other))
-
-    def _one_scale(self, name: str, use: _Use) -> bool:
+    def _under_one_scale(self, name: str, uses: Sequence[_Use] | None = None) -> bool:
         """Whether each entry of a location meets one scale, times constants: it then cancels."""
-        scale, loc = self._scale_binding(use), self.bindings[use.site, use.argument]
-        if not isinstance(scale, Bound) or not isinstance(loc, Bound):
+        uses = self._uses[name] if uses is None else uses
+        pairs = []
+        for use in uses:
+            loc = self.bindings[use.site, use.argument]
+            if use.site in self.priors or not isinstance(loc, Bound):
+                return False  # the mean of a latent that moves too
+            pairs.append(self._met(use.site, loc.index))
+        if name in self.priors:
+            parameter = self.parameters[name]
+            own = torch.arange(parameter.size).reshape(parameter.value.shape) + parameter.offset
+            pairs.append(self._met(name, own))
+        met = [pair for pair in pairs if pair is not None]
+        if len(met) < len(pairs):
             return False
-        matrix = self._family(use.site) == "MultivariateNormal"
+        together = torch.unique(torch.cat(met), dim=0)
+        return len(together) == len(together[:, 0].unique())
+
+    def _met(self, site: str, entries: Tensor) -> Tensor | None:
+        """Pairs of the entries of a location and of its scale, (pairs, 2); -1 for constants."""
+        matrix = self._family(site) == "MultivariateNormal"
+        scale = self.bindings.get((site, "scale_tril" if matrix else "scale"))
+        if not isinstance(scale, Bound):
+            return None
         index = scale.index[..., 0, 0].unsqueeze(-1) if matrix else scale.index
-        shape = torch.broadcast_shapes(index.shape, loc.index.shape)
-        entry = loc.index.expand(shape).flatten()
-        met = torch.stack([entry, index.expand(shape).flatten()], 1)
-        pairs = torch.unique(met[entry >= 0], dim=0)
-        return len(pairs) == len(pairs[:, 0].unique())
+        shape = torch.broadcast_shapes(index.shape, entries.shape)
+        pairs = torch.stack([entries.expand(shape).flatten(), index.expand(shape).flatten()], 1)
+        return torch.unique(pairs[pairs[:, 0] >= 0], dim=0)
 
     def _without_loose(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
         """Arguments of parameters that go by gradient are constants to the others."""
@@ -307,18 +386,6 @@ class MStep:
                     index = torch.where(free, -1, binding.index)
                     result[key] = Bound(index, binding.coefficient, binding.image)
         return result
-
-    def _data_spread(self, terms: Sequence[Weighted]) -> dict[str, float]:
-        """Variance of the observed values, by site: what the floor is relative to."""
-        spread = {}
-        for term in terms:
-            if self._roles.keys() & {(term.name, "scale"), (term.name, "scale_tril")}:
-                value = term.value.detach().double()
-                if type(peel(term).base).__name__ == "LogNormal":
-                    value = value.log()
-                value = value[value.isfinite()]
-                spread[term.name] = float(value.var(correction=0)) if value.numel() else 1.0
-        return spread
 
     # ----------------------------------------------------------------------------------- applying
 
@@ -343,26 +410,64 @@ class MStep:
         return self._without_loose(self._in_groups(bindings))
 
     def recentred(self, statistics: Statistics) -> Statistics:
-        """The same statistics about the present locations (moments are kept about a centre)."""
+        """The same statistics about the present parameters, as those of the next batch will be.
+
+        Between calls it remembers where regressions were: call it at each step of online EM.
+        """
         cells = {form: self._recentred(form, c) for form, c in statistics.cells.items()}
         return Statistics(statistics.num_entries, statistics.device, statistics.by_entry, cells)
 
     def _recentred(self, form: str, cells: Cells) -> Cells:
-        entries = self.parameters.image(IMAGES["location"][0]).to(cells.keys.device)
-        if form == "normal":
-            index = cells.keys[:, 0]
-            c = cells.reference["loc_coefficient"]
-            gap = entries[index.clamp(min=0)] - cells.reference["loc"] / c
-            step = torch.zeros_like(entries).nan_to_num(0.0)
+        kind, *number = form.split()
+        if kind == "normal":
+            index, c = cells.keys[:, 0], cells.reference["loc_coefficient"]
+            present = self._seen("location", cells.keys.device)
+            step = torch.zeros_like(present)
+            gap = present[index.clamp(min=0)] - cells.reference["loc"] / c
             step[index[index >= 0]] = gap[index >= 0]
-            return forms.moved(cells, step)
-        if form.startswith("mvn"):
-            dim = int(form.split()[1])
+            scale = self._at("scale", cells.keys[:, 1], cells, "scale")
+            return forms.moved(cells, step).replaced({"scale": scale})
+        if kind == "mvn":
+            dim = int(number[0])
             rows = cells.keys[:, :dim]
-            present = entries[rows.clamp(min=0)]
+            present = self._seen("location", cells.keys.device)[rows.clamp(min=0)]
             gap = present - cells.reference["loc"] / cells.reference["loc_coefficient"]
-            return forms.mvn_moved(cells, rows, gap, dim)
-        return cells
+            tril = self._at("cholesky", cells.keys[:, dim:], cells, "tril")
+            return forms.mvn_moved(cells, rows, gap, dim).replaced({"tril": tril})
+        if kind == "gamma":
+            alpha = self._at("concentration", cells.keys[:, 0], cells, "concentration")
+            rate = self._at("rate", cells.keys[:, 1], cells, "rate")
+            return cells.replaced({"concentration": alpha, "rate": rate})
+        return self._recentred_regression(int(number[0]), cells)
+
+    def _recentred_regression(self, number: int, cells: Cells) -> Cells:
+        entries = self._groups[number].entries.to(cells.keys.device)
+        present = self._seen("location", cells.keys.device)[entries]
+        step = present - self._centres.get(number, present)
+        self._centres[number] = present
+        scale = self._at("scale", cells.keys[:, 0], cells, "scale")
+        return forms.regression_moved(cells, step).replaced({"scale": scale})
+
+    def _seen(self, role: str, device: torch.device) -> Tensor:
+        """The present entries as distributions see them in a role, (entries,)."""
+        if role == "location":
+            return self.parameters.image(IMAGES["location"][0]).nan_to_num(0.0).to(device)
+        seen = torch.zeros(self.parameters.num_entries, dtype=torch.float64)
+        for name in self.with_role(role):
+            parameter = self.parameters[name]
+            value = self.image(name).forward(parameter.value.double()).flatten().cpu()
+            seen[parameter.offset : parameter.offset + parameter.size] = value
+        return seen.to(device)
+
+    def _at(self, role: str, index: Tensor, cells: Cells, name: str) -> Tensor:
+        """A reference at the present parameters; constants stay."""
+        old = cells.reference[name]
+        factor = {"scale": "scale_coefficient", "tril": "tril_coefficient", "rate": "coefficient"}
+        one = torch.ones(len(cells), dtype=torch.float64, device=old.device)
+        c = cells.reference.get(factor.get(name, ""), one)
+        seen = self._seen(role, old.device)[index.clamp(min=0)]
+        present = (c.reshape(-1, *(1,) * (seen.dim() - 1)) * seen).reshape(old.shape)
+        return torch.where(index.reshape(old.shape) >= 0, present, old)
 
     def maximise(self, statistics: Statistics) -> None:
         """Set every parameter that has a formula to its maximum, in place."""
@@ -379,6 +484,7 @@ class MStep:
         self._gammas(total)
         for name in self.with_role("rate"):
             power, slope = (self._mine(name, total, key) for key in ("power", "slope"))
+            self._refuse_no_maximum(name, power < 0)
             self._set(name, self._uses[name][0].image, forms.rates(power, slope))
         self._gaussians(total)
 
@@ -400,6 +506,9 @@ class MStep:
         total = self.statistics(device)
         for name, term in self.priors.items():
             if self._steps[name].how not in ("closed form", "conditional"):
+                # its hyperparameters see the latent where it is
+                seen = Weighted(term.name, term.fn, term.value.detach(), term.weight)
+                gather([seen], self.bindings, total)
                 continue
             parameter = self.parameters[name]
             if name in self._group_of:
@@ -435,6 +544,8 @@ class MStep:
         rates = {
             self.parameters[n].offset + i
             for n in self.with_role("rate")
+            if n not in self.priors
+            and all((use.site, "concentration") in self._roles for use in self._uses[n])
             for i in range(self.parameters[n].size)
         }
         for index in cells.keys[:, 0].unique().tolist():
@@ -464,14 +575,30 @@ class MStep:
                 self._mvns(cells, int(form.split()[1]))
         for name in self.with_role("scale"):
             n, second = (self._mine(name, total, key) for key in ("scale n", "scale second"))
+            self._refuse_no_maximum(name, n < 0)
             value = forms.scales(n, second)
-            floor = self._floor(name)
-            value = torch.where(value.isnan(), value, value.clamp(min=floor**0.5))
+            value = torch.where(value.isnan(), value, value.clamp(min=self._smallest(name)))
             self._set(name, self._uses[name][0].image, value)
 
-    def _floor(self, name: str) -> float:
-        spreads = [self._spread[use.site] for use in self._uses[name] if use.site in self._spread]
-        return self.floor * max(spreads, default=1.0)
+    def _refuse_no_maximum(self, name: str, negative: Tensor) -> None:
+        """A Gamma prior with a concentration below 1 has its mode at 0 until data move it."""
+        if name in self.priors and bool(negative.any()):
+            prior = type(peel(self.priors[name]).base).__name__
+            raise ProgramError(
+                f"The {prior} prior of '{name}' has a concentration below 1, whose density is "
+                "unbounded at 0, and there are too few data for a maximum elsewhere "
+                f"(element {[int(i) for i in negative.nonzero()[0]]}). Use a concentration of at "
+                "least 1, or a guide (lvppl.SVI)."
+            )
+
+    def _smallest(self, name: str) -> Tensor:
+        """The smallest scale that each entry of a parameter may have, shaped as the parameter."""
+        parameter = self.parameters[name]
+        keys = [(use.site, use.argument) for use in self._uses[name]]
+        variance = self.floors.of_scales(keys, self.bindings, self.parameters.num_entries)
+        mine = variance[parameter.offset : parameter.offset + parameter.size]
+        value = parameter.value
+        return (self.floor * mine).sqrt().reshape(value.shape).to(value.device)
 
     def _normals(self, cells: Cells, total: Statistics) -> None:
         step = forms.locations(cells, self.parameters.num_entries)
@@ -517,23 +644,36 @@ class MStep:
         value = parameter.value.double()
         matrices = image.forward(value).reshape(-1, dim, dim).clone()
         first = patterns[:, 0]  # the corner is always bound
-        floor = self._floor(name)
+        keys = [(use.site, use.argument) for use in self._uses[name]]
+        variance = self.floors.of_covariance(keys, self.bindings)
+        width = second.new_ones(dim) if variance is None else variance.sqrt().to(second)
         for i in range(len(patterns)):
             if start <= int(first[i]) < start + parameter.size and float(n[i]) > 0:
-                covariance = _floored(second[i] / n[i], floor)
+                covariance = _floored(second[i] / n[i], self.floor, width)
                 place = (int(first[i]) - start) // (dim * dim)
                 matrices[place] = torch.linalg.cholesky(covariance).to(matrices)
         parameter.set(image.inverse(matrices.reshape(value.shape)))
 
 
-def _floored(covariance: Tensor, floor: float) -> Tensor:
-    """The nearest maximiser whose eigenvalues are at least ``floor``."""
-    covariance = (covariance + covariance.mT) / 2
+def _floored(covariance: Tensor, floor: float, width: Tensor) -> Tensor:
+    """The maximiser Σ whose eigenvalues, in units of ``width``, are at least ``floor``.
+
+    Where ln |Σ| + tr(Σ⁻¹ S) has no smaller value among those Σ.
+    """
+    units = width.unsqueeze(-1) * width
+    covariance = (covariance + covariance.mT) / 2 / units
     values, vectors = torch.linalg.eigh(covariance)
     if bool((values >= floor).all()) and bool((values > 0).all()):
-        return covariance
+        return covariance * units
     tiny = torch.finfo(covariance.dtype).tiny
-    return (vectors * values.clamp(min=max(floor, tiny))) @ vectors.mT
+    return (vectors * values.clamp(min=max(floor, tiny))) @ vectors.mT * units
+
+
+def _one_factor(binding: Bound) -> bool:
+    """Whether each matrix is one multiple of the parameter's."""
+    lower = binding.index >= 0
+    c = binding.coefficient
+    return bool(((c == c[..., :1, :1]) | ~lower).all())
 
 
 def _whole_rows(role: str, index: Tensor, parameter: Parameter) -> bool:

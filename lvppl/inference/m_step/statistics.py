@@ -201,16 +201,21 @@ def _gamma(peeled: Peeled, bound: Mapping[str, Any], into: Statistics) -> None:
             {
                 "n": _total(weight, value, shape).flatten(),
                 "sum": _share(weight, value, shape).flatten(),
-                "log": _share(weight, value.log(), shape).flatten(),
+                "log": _share(weight, _log(value), shape).flatten(),
             },
         ),
     )
 
 
+def _log(value: Tensor) -> Tensor:
+    """ln of values that are positive wherever they have weight."""
+    return value.clamp(min=torch.finfo(value.dtype).tiny).log()
+
+
 def _normal(peeled: Peeled, bound: Mapping[str, Any], into: Statistics) -> None:
     base, value = peeled.base, peeled.value
     if isinstance(base, td.LogNormal):
-        base, value = base.base_dist, value.log()
+        base, value = base.base_dist, _log(value)
     if isinstance(bound["loc"], Affine):
         _regression(base, value, peeled.weight, bound, into)
         return

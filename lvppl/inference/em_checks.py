@@ -1,0 +1,80 @@
+"""What EM refuses before its first iteration, and words for what fails there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from pyro import poutine
+from torch.distributions import constraints
+
+from lvppl.errors import ProgramError, ProgramFailure
+from lvppl.inference.arguments import tensors_in
+
+__all__ = ["inside_constraints", "probing", "refuse_drawn_rows", "refuse_infinite"]
+
+
+def refuse_infinite(data: tuple[Any, ...]) -> None:
+    """Infinite values have no density, and are not missing ones."""
+    for place, value in enumerate(data):
+        for tensor in tensors_in(value):
+            if tensor.is_floating_point() and bool(tensor.isinf().any()):
+                where = [int(i) for i in tensor.isinf().nonzero()[0]]
+                raise ProgramError(
+                    f"data argument {place} has {float(tensor[tuple(where)])} at index {where}. "
+                    'Correct the data; a missing value is NaN, in a fit with missing="nan".'
+                )
+
+
+def refuse_drawn_rows(trace: poutine.Trace) -> None:
+    """A plate that draws other rows at each run has no two evidences that could be compared."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, site in nodes.items():
+        fn = site.get("fn")
+        if type(fn).__name__ != "_Subsample":
+            continue
+        drawn = len(site["value"])
+        if drawn < fn.size:
+            raise ProgramError(
+                f"Plate '{name}' draws {drawn} of its {fn.size} rows anew at each run, but EM "
+                "compares the evidence of the same data from iteration to iteration. Leave "
+                "subsample_size out; fit(..., batch_size=...) holds few rows at once, and "
+                "EM(..., online=True) learns from minibatches."
+            )
+
+
+@contextmanager
+def inside_constraints() -> Iterator[None]:
+    """Say so where a program fails because a parameter starts outside its constraint."""
+    try:
+        yield
+    except ProgramError as error:
+        store = pyro.get_param_store()
+        for name in store.keys():  # noqa: SIM118
+            free = store._params[name]
+            if not bool(free.isfinite().all()):
+                kind = type(store._constraints[name]).__name__.strip("_")
+                raise ProgramError(
+                    f"Parameter '{name}' starts outside its constraint ({kind}), so that its "
+                    "unconstrained value is not finite. Give pyro.param an initial value inside."
+                ) from error
+        raise
+
+
+@contextmanager
+def probing(constraint_of: Mapping[str, Any]) -> Iterator[None]:
+    """Say so where a program fails at other values of parameters that may take any."""
+    try:
+        yield
+    except ProgramFailure as error:
+        free = [n for n, c in constraint_of.items() if c is constraints.real]
+        if not free:
+            raise
+        raise ProgramFailure(
+            f"The program runs at the first values of its parameters, but not where EM moves them: "
+            f"{str(error).splitlines()[0].rstrip(':')}. Without a constraint are "
+            f"{', '.join(map(repr, free))}: say what they may be, as in pyro.param(name, value, "
+            "constraint=constraints.simplex) for probabilities, positive for scales and rates."
+        ) from error
