@@ -45,8 +45,8 @@ def require_plates(site: Any) -> None:
         ProgramError: by dimension, size and plate.
     """
     value = site["value"]
-    if not site["is_observed"] or not isinstance(value, Tensor):
-        return
+    if not site["is_observed"] or not isinstance(value, Tensor) or value.numel() == 0:
+        return  # pyro.factor observes nothing
     plates = {plate.dim: plate for plate in plates_of(site)}
     shape = value.shape[: max(value.dim() - site["fn"].event_dim, 0)]
     for dim in range(-len(shape), 0):

@@ -2087,7 +2087,7 @@ TOPICS["Models and guides of the library"] = [
     part(
         '`GaussianMixture(covariance="round")`',
         lambda _: GaussianMixture(2, 2, covariance="round"),
-        'covariance must be "full", "tied", "diag" or "spherical" … \'round\'',
+        'covariance must be "full", "tied", "diag", "spherical" … \'round\'',
     ),
     part(
         "`GaussianLikelihood(floor=1.0)`",

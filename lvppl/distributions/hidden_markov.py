@@ -245,6 +245,8 @@ class HiddenMarkov(TorchDistribution):
         """
         self._require_value(value)
         event_dim = len(self.observation_dist.event_shape)
+        missing = len(self.batch_shape) + 1 + event_dim - value.dim()
+        value = value.reshape((1,) * missing + value.shape)  # as many dimensions as the batch
         observed = self._observed(value.shape[-1 - event_dim], value.device)
         if observed is None:
             return value, None

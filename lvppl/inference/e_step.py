@@ -30,6 +30,7 @@ from lvppl.inference.inner_latents import (
     tracked,
 )
 from lvppl.inference.m_step.weighted import Weighted
+from lvppl.inference.missing import inside_support
 from lvppl.layout import Layout
 from lvppl.packed import dims_of, log_max, log_sum_exp, named
 from lvppl.tracing import sample_sites, trace_pair
@@ -165,15 +166,25 @@ def _weighted(graph: FactorGraph, posterior: Mapping[str, Tensor]) -> list[Weigh
             weight = posterior[name].reshape(log_prob.shape)
         else:
             weight = log_prob.new_ones(()).expand(log_prob.shape)
-        value = site["value"]
         if site["mask"] is not None:
             weight = weight * site["mask"]
-            if site["is_observed"] and value.is_floating_point():
-                value = value.nan_to_num(0.0, 0.0, 0.0)  # whatever it is, it has no weight
         if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
             weight = weight * site["scale"]
-        terms.append(Weighted(name, site["fn"], value, weight))
+        terms.append(Weighted(name, site["fn"], _valid_value(site), weight))
     return terms
+
+
+def _valid_value(site: Any) -> Tensor:
+    """What a site observes, with something of its support where a mask hides it.
+
+    A density outside the support may be NaN, and so is its gradient, whatever weight it has.
+    """
+    value: Tensor = site["value"]
+    mask = site["mask"]
+    if not site["is_observed"] or not isinstance(mask, Tensor):
+        return value
+    mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return torch.where(mask, value, torch.full_like(value, inside_support(site["fn"])))
 
 
 def traced_sites(
@@ -191,7 +202,9 @@ def sites_of(
     return [
         term
         for site in traced_sites(program, args, kwargs, layout)
-        for term in structure(Weighted(site["name"], site["fn"], site["value"], torch.ones(())))
+        for term in structure(
+            Weighted(site["name"], site["fn"], _valid_value(site), torch.ones(()))
+        )
     ]
 
 

@@ -91,9 +91,10 @@ class EM:
     :param init: ``"model"`` starts from the program's parameters as they are. ``"kmeans++"`` and
         ``"random"`` assign each datum to the nearest of K data, chosen by k-means++ or uniformly,
         and start with an M-step.
-    :param floor: smallest variance (eigenvalue of a covariance), relative to the variance of the
-        data at the same site. 0 for none: a component may then shrink onto one datum, where the
-        likelihood is unbounded.
+    :param floor: smallest variance, relative to that of the data of the same feature; of a
+        covariance the smallest eigenvalue, each feature in units of its own standard deviation. A
+        constant feature counts as one of the mean variance of the others. 0 for none: a component
+        may then shrink onto one datum, where the likelihood is unbounded.
     :param num_gradient_steps: iterations of L-BFGS in an M-step, for parameters without a formula.
     :raises ProgramError: for options that do not exist or do not go together.
 

@@ -121,4 +121,6 @@ def _recognised(sites: Sequence[Any]) -> _Chain | None:
     gaussians = gaussians_of(inner, states, len(base.event_shape), plate=False)
     if gaussians is None or y.shape[: len(fn.batch_shape)] != fn.batch_shape:
         return None
+    if gaussians.loc.shape[-1] != max(base.event_shape.numel(), 1):
+        return None  # one location for all columns
     return _Chain(site["name"], fn, y, gaussians)

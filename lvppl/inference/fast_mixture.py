@@ -100,5 +100,7 @@ def _recognised(sites: Sequence[Any], layout: Layout) -> _Mixture | None:
     if gaussians is None or not y.is_floating_point() or y.dim() != 1 + event_dim:
         return None
     y = y.unsqueeze(-1) if event_dim == 0 else y
+    if y.shape[-1] != gaussians.loc.shape[-1]:
+        return None  # one location for all columns
     log_weights = probs.reshape(-1).log()
     return _Mixture(latent["name"], observed["name"], y, log_weights, gaussians)

@@ -15,7 +15,7 @@ from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError
 from lvppl.tracing import kind_of
 
-__all__ = ["MissingValues"]
+__all__ = ["MissingValues", "inside_support"]
 
 
 class MissingValues(Messenger):
@@ -42,7 +42,7 @@ class MissingValues(Messenger):
         else:
             masked = MaskedDistribution(fn, ~_by_event(msg["name"], fn, missing))
             msg["fn"] = Independent(masked, depth) if depth else masked
-            fill = _valid(fn)
+            fill = inside_support(fn)
         msg["value"] = torch.where(missing, torch.full_like(value, fill), value)
 
 
@@ -82,7 +82,7 @@ def _steps_masked(name: str, fn: HiddenMarkov, missing: Tensor) -> HiddenMarkov:
     )
 
 
-def _valid(fn: Any) -> float:
+def inside_support(fn: Any) -> float:
     """A number inside the support."""
     support: Any = fn.support
     while hasattr(support, "base_constraint"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 import lvppl
-from lvppl.distributions import InverseWishart
+from lvppl.distributions import HiddenMarkov, InverseWishart
 from tests.enumerable import positive, real, simplex, t, unit
 
 Model = Callable[..., None]
@@ -398,6 +398,13 @@ def learned_prior_scale(y: Tensor) -> None:
     two_states(y, lambda z: dist.Normal(loc[z], t(1.0)), even())
 
 
+def hierarchical_scale(y: Tensor) -> None:
+    width = pyro.sample("width", dist.HalfCauchy(t(1.0)))
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(t(0.0), width))
+    two_states(y, lambda z: dist.Normal(loc[z], t(1.0)), even())
+
+
 def gamma_with_a_prior_rate(y: Tensor) -> None:
     shape = positive("shape", [1.0, 3.0])
     with pyro.plate("components", 2):
@@ -438,7 +445,7 @@ PRIORS: dict[str, tuple[Model, tuple[Tensor, ...], dict[str, str]]] = {
     "MultivariateNormal of elements": (
         vector_prior_of_elements,
         (PLANE,),
-        {"loc": GRADIENT, "scale": CLOSED},
+        {"loc": GRADIENT, "scale": CONDITIONAL},
     ),
     "Normals of a vector": (element_priors_of_a_vector, (PLANE,), {"loc": GRADIENT}),
     "Normals of a regression": (
@@ -455,6 +462,11 @@ PRIORS: dict[str, tuple[Model, tuple[Tensor, ...], dict[str, str]]] = {
         learned_prior_scale,
         (TWO,),
         {"width": CONDITIONAL, "loc": CONDITIONAL},
+    ),
+    "a prior whose scale has a prior": (
+        hierarchical_scale,
+        (TWO,),
+        {"width": GRADIENT, "loc": CONDITIONAL},
     ),
     "Gamma of a Gamma's rate": (
         gamma_with_a_prior_rate,
@@ -849,6 +861,32 @@ def test_float32_keeps_its_precision_and_finds_the_same_maximum():
         assert value.dtype == torch.float32
         close(value, double.params[name], 1e-2)
     close(history(single)[-1], history(double)[-1], 1e-2)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_columns_may_share_one_location(chain: bool):
+    """A location that is expanded over columns is one parameter: all of them count."""
+    y = separated(60).reshape(5, 12, 2) if chain else separated(60)
+
+    def model(y: Tensor) -> None:
+        loc, scale = real("loc", [-3.0, 3.0]), positive("scale", [2.0, 2.0])
+        with pyro.plate("data", len(y)):
+            if chain:
+                each = dist.Normal(loc.unsqueeze(-1), scale.unsqueeze(-1)).expand([2, 2])
+                flat = torch.zeros(2, 2, dtype=torch.float64)
+                pyro.sample("y", HiddenMarkov(flat[0], flat, each.to_event(1)), obs=y)
+            else:
+                z = pyro.sample("z", dist.Categorical(even()))
+                each = dist.Normal(loc[z].unsqueeze(-1), scale[z].unsqueeze(-1))
+                pyro.sample("y", each.expand([*z.shape, 2]).to_event(1), obs=y)
+
+    fit = run(model, y, max_iter=1, tol=0.0)
+    # with even transitions both are the same mixture
+    each = dist.Normal(t([-3.0, 3.0]), t(2.0)).log_prob(y.reshape(-1, 2, 1)).sum(1)
+    r = each.softmax(-1)
+    expected = (r * y.reshape(-1, 2).mean(1, keepdim=True)).sum(0) / r.sum(0)
+    close(fit.params["loc"], expected, 1e-10)
+    close(history(fit)[0], (each - math.log(2)).logsumexp(-1).sum(), 1e-9)
 
 
 def test_whole_numbers_are_data_of_a_gaussian_too():

@@ -307,7 +307,7 @@ class MStep:
             bound = (index >= 0).any(-1)
             if not bool((index[bound] >= 0).all()):
                 return f"'{use.site}' has a location of which it is only a part"
-            if not bool((c[bound] == c[bound][:, :1]).all()):
+            if not bool(_alike(c[bound], c[bound][:, :1]).all()):
                 return f"'{use.site}' multiplies its elements by different numbers"
             rows.append(index[bound])
         if name in self.priors:
@@ -673,7 +673,12 @@ def _one_factor(binding: Bound) -> bool:
     """Whether each matrix is one multiple of the parameter's."""
     lower = binding.index >= 0
     c = binding.coefficient
-    return bool(((c == c[..., :1, :1]) | ~lower).all())
+    return bool((_alike(c, c[..., :1, :1]) | ~lower).all())
+
+
+def _alike(one: Tensor, other: Tensor) -> Tensor:
+    """Whether factors are the same number, which probing found to rounding."""
+    return torch.isclose(one, other, rtol=1e-5, atol=0.0)
 
 
 def _whole_rows(role: str, index: Tensor, parameter: Parameter) -> bool:

@@ -64,8 +64,7 @@ def add_regression_prior(
 ) -> None:
     """A Normal prior of regression coefficients: the datum m, seen once through the identity."""
     peeled = peel(term)
-    scale = bindings[term.name, "scale"]
-    assert isinstance(scale, Bound)
+    scale = _scale(bindings, term, "scale")
     shape, device = term.value.shape, into.device
     count, P = term.value.numel(), len(entries)
 
@@ -96,6 +95,17 @@ def add_regression_prior(
 
 
 Add = Callable[[Any, Tensor, Tensor, Mapping[Key, Binding], Statistics, Weighted], None]
+
+
+def _scale(bindings: Mapping[Key, Binding], term: Weighted, argument: str) -> Bound:
+    """What the scale of a prior is bound to; one that climbs by gradient is a constant here."""
+    binding = bindings[term.name, argument]
+    if isinstance(binding, Bound):
+        return binding
+    base = peel(term).base
+    value = base.scale if argument == "scale" else base._unbroadcasted_scale_tril
+    one = torch.ones(value.shape, dtype=torch.float64, device=value.device)
+    return Bound(torch.full(value.shape, -1, device=value.device), one, None)
 
 
 def _full(value: Tensor, index: Tensor) -> Tensor:
@@ -167,8 +177,7 @@ def _normal(
     device, shape = index.device, index.shape
     residual = (base.loc.double() - term.value.detach().double()).expand(shape).flatten()
     weight = w.expand(shape).flatten()
-    scale = b[term.name, "scale"]
-    assert isinstance(scale, Bound)
+    scale = _scale(b, term, "scale")
     ones = torch.ones(index.numel(), dtype=torch.float64, device=device)
     into.add_cells(
         "normal",
@@ -191,8 +200,7 @@ def _mvn(
     """N(θ | m, S): the datum m, seen once under S, which may be a multiple of a parameter."""
     device, D = index.device, index.shape[-1]
     batch = index.shape[:-1]
-    tril = b[term.name, "scale_tril"]
-    assert isinstance(tril, Bound)
+    tril = _scale(b, term, "scale_tril")
     residual = (base.loc - term.value.detach()).double().expand(index.shape).reshape(-1, D)
     weight = w.expand(batch).flatten()
     matrix = base._unbroadcasted_scale_tril.double()
