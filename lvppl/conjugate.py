@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -167,8 +167,3 @@ class ConjugateLatents(Messenger):
         if msg["name"] in self.names and not isinstance(msg["fn"], Nodes):
             msg["fn"] = Nodes(msg["fn"])
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
-
-
-def integrals(sites: Mapping[str, Any]) -> dict[str, Nodes]:
-    """The latents among sites that are integrated, by name."""
-    return {name: site["fn"] for name, site in sites.items() if isinstance(site["fn"], Nodes)}

@@ -21,6 +21,7 @@ __all__ = [
     "check_data",
     "explained",
     "named_device",
+    "place_of",
     "shapes_of",
     "tensors_in",
 ]
@@ -69,6 +70,19 @@ def named_device(device: str | torch.device) -> torch.device:
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     return where
+
+
+def place_of(
+    modules: list[nn.Module], device: str | torch.device, data: tuple[Any, ...]
+) -> tuple[torch.device, bool]:
+    """The device of a fit, and whether the user named it, which moves the modules there."""
+    if device != "auto":
+        where = named_device(device)
+        for module in modules:
+            module.to(where)
+        return where, True
+    tensors = [t for module in modules for t in module.parameters()] + tensors_in(data)
+    return (tensors[0].device if tensors else torch.tensor(0.0).device), False
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -72,12 +72,10 @@ class Expectation:
 
     Attributes:
         objective: the maximum over q, 0-dim float64, summed over the data in nats.
-        per_datum: the same by datum, (data,).
         terms: the sites of Q.
     """
 
     objective: Tensor
-    per_datum: Tensor
     terms: list[Weighted]
 
     @staticmethod
@@ -109,7 +107,7 @@ class Expectation:
             terms: list[Weighted] = []
             for term in _weighted(graph, weights):
                 terms += opened(term, hard=mode.hard, temperature=mode.temperature)
-            return Expectation(objective, value, terms)
+            return Expectation(objective, terms)
 
     @staticmethod
     def clamped(

@@ -18,8 +18,7 @@ from lvppl.inference.arguments import (
     check_counts,
     check_data,
     explained,
-    named_device,
-    tensors_in,
+    place_of,
 )
 from lvppl.inference.e_step import Mode
 from lvppl.inference.em_checks import (
@@ -29,9 +28,11 @@ from lvppl.inference.em_checks import (
     refuse_infinite,
 )
 from lvppl.inference.em_fit import EMFit, Restart
-from lvppl.inference.em_loop import Loop, Problem, Settings
+from lvppl.inference.em_loop import Loop, Settings
+from lvppl.inference.em_problem import Problem
 from lvppl.inference.fit import Fit, moved, versions
 from lvppl.inference.inner_latents import has_inner_latents
+from lvppl.inference.m_step.entries import Parameters
 from lvppl.inference.map_latents import (
     ContinuousLatents,
     MapLatents,
@@ -194,7 +195,7 @@ class EM:
         check_counts(max_iter=max_iter, batch_size=batch_size)
         if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
             raise ProgramError(f"tol must be a number of at least 0, but is {tol!r}")
-        where, given = self._device(device, data)
+        where, given = place_of(modules_of(self.model), device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
         if missing not in (None, "nan"):
             raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
@@ -260,16 +261,6 @@ class EM:
         mode(0)
         return mode
 
-    def _device(self, device: str | torch.device, data: tuple[Any, ...]) -> tuple[Any, bool]:
-        modules = modules_of(self.model)
-        if device != "auto":
-            where = named_device(device)
-            for module in modules:
-                module.to(where)
-            return where, True
-        tensors = [t for m in modules for t in m.parameters()] + list(tensors_in(data))
-        return (tensors[0].device if tensors else torch.tensor(0.0).device), False
-
     def _prepare(
         self,
         state: FitState,
@@ -321,18 +312,19 @@ class EM:
             _require_double(continuous, state)
             store = pyro.get_param_store().get_state()
             with probing(store["constraints"]):
-                return Problem.of(
-                    program=program,
-                    latents=latents,
-                    batches=batches,
-                    kwargs=dict(kwargs),
-                    tensors=state.tensors(),
-                    constraints=store["constraints"],
-                    floor=self.floor,
-                    device=device,
+                problem = Problem(
+                    program,
+                    latents,
+                    batches,
+                    dict(kwargs),
+                    Parameters(state.tensors(), store["constraints"]),
+                    self.floor,
+                    device,
                     integrated=continuous.local,
                     missing=missing,
                 )
+                _ = problem.m_step  # probing may fail, and does so before the first iteration
+                return problem
 
     # ---------------------------------------------------------------------------------- restarts
 

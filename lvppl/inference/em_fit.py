@@ -21,7 +21,8 @@ from lvppl.inference.state import FitState
 
 if TYPE_CHECKING:
     from lvppl.evidence import ExactPosterior, LogEvidence
-    from lvppl.inference.em_loop import Loop, Problem, Settings
+    from lvppl.inference.em_loop import Loop, Settings
+    from lvppl.inference.em_problem import Problem
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Prior
 

@@ -17,9 +17,8 @@ from lvppl.inference.arguments import (
     check_counts,
     check_data,
     explained,
-    named_device,
+    place_of,
     shapes_of,
-    tensors_in,
 )
 from lvppl.inference.fit import Fit, History, moved, versions
 from lvppl.inference.minibatch import (
@@ -151,7 +150,7 @@ class SVI:
         if resume is not None:
             seed, batch_size = _resumed_settings(resume, seed, batch_size)
         seed = checked_seed(seed)
-        where, given = self._device(device, data)
+        where, given = place_of(modules_of(self.model, self.guide), device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
         held_out = None if validation is None else moved(as_tuple(validation), where)
         check_counts(
@@ -259,17 +258,6 @@ class SVI:
         )
 
     # -------------------------------------------------------------------------- before the steps
-
-    def _device(self, device: str | torch.device, data: tuple[Any, ...]) -> tuple[Any, bool]:
-        """The device of the fit, and whether the user named it."""
-        modules = modules_of(self.model, self.guide)
-        if device != "auto":
-            where = named_device(device)
-            for module in modules:
-                module.to(where)
-            return where, True
-        tensors = [t for m in modules for t in m.parameters()] + list(tensors_in(data))
-        return (tensors[0].device if tensors else torch.tensor(0.0).device), False
 
     def _prepare(
         self,

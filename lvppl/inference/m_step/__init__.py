@@ -7,9 +7,11 @@
 ``cells.py``, ``statistics.py``    sufficient statistics
 ``priors.py``      conjugate priors as pseudo-statistics
 ``forms.py``       the maximisers
-``plan.py``        the choice for each parameter, its table, and one whole M-step
+``choice.py``, ``table.py``   how each parameter is maximised, and the table that says so
+``plan.py``        one whole M-step
 """
 
-from lvppl.inference.m_step.plan import MStep, MStepTable, Step
+from lvppl.inference.m_step.plan import MStep
+from lvppl.inference.m_step.table import MStepTable, Step
 
 __all__ = ["MStep", "MStepTable", "Step"]

@@ -54,16 +54,11 @@ def _log_normal(fn: Any) -> dict[str, Tensor]:
     return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
 
 
-def _exponential_rate(fn: Any) -> dict[str, Tensor]:
-    return {"rate": fn.rate}
-
-
 def _mvn(fn: Any) -> dict[str, Tensor]:
     return {"loc": fn.loc, "scale_tril": fn._unbroadcasted_scale_tril}
 
 
 _NORMAL = {"loc": "location", "scale": "scale"}
-_NONE: dict[str, str] = {}
 
 FAMILIES: dict[type, Family] = dict(
     [
