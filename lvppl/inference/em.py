@@ -30,6 +30,7 @@ from lvppl.inference.em_checks import (
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Settings
 from lvppl.inference.em_problem import Problem
+from lvppl.inference.first_states import FirstStates
 from lvppl.inference.fit import Fit, moved, versions
 from lvppl.inference.inner_latents import has_inner_latents
 from lvppl.inference.m_step.entries import Parameters
@@ -278,6 +279,7 @@ class EM:
             state.active(),
             seeded(derived_seed(seed, "prepare"), device),
             explained(data, kwargs, modules, EM.fit),
+            FirstStates(),
         ):
             with (
                 state.discovering(),
@@ -286,16 +288,18 @@ class EM:
                 poutine.block(),
                 inside_constraints(),
             ):
-                trace, _ = trace_pair(self.model, None, data, kwargs)
+                trace, _ = trace_pair(FirstStates()(self.model), None, data, kwargs)
             refuse_drawn_rows(trace)
             model = MissingValues()(self.model) if missing else self.model
-            continuous = continuous_latents(model, data, kwargs)
+            continuous = continuous_latents(FirstStates()(model), data, kwargs)
             latents = MapLatents(continuous.shared)
             program = latents(enumerating(ConjugateLatents(continuous.local)(model)))
             batches = _batches(self.model, data, kwargs, batch_size)
             _refuse_rows_of_parameters(continuous, self.model, batches, kwargs)
             with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
-                traced("model", program, batches[0], kwargs)  # the latents' parameters, too
+                traced(
+                    "model", FirstStates()(program), batches[0], kwargs
+                )  # the latents' parameters, too
             with undisturbed():
                 graph = _few_rows(program, batches[0], kwargs)
                 if continuous.local:  # what is integrated is checked at every datum
