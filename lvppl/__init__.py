@@ -12,7 +12,9 @@ Write model and guide as ordinary Pyro programs, then check, fit, measure and in
     lvppl.to_arviz(fit, y_test)
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 from lvppl import data
 from lvppl.checks import CheckReport, check
@@ -74,3 +76,10 @@ __all__ = [
 _tree = _Path(__file__).resolve().parent.parent
 if (_tree / "setup.cfg").is_file() and (_tree / "models" / "__init__.py").is_file():
     __path__.append(str(_tree))
+
+
+def __getattr__(name: str) -> _Any:
+    """The user's side of the package, imported when it is asked for."""
+    if name in ("guides", "models"):
+        return _import_module(f"lvppl.{name}")
+    raise AttributeError(f"module 'lvppl' has no attribute {name!r}")

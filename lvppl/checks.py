@@ -15,6 +15,7 @@ from torch import Tensor
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import layout_of
 from lvppl.matching import check_same_space, first_index, has_no_density, no_density
+from lvppl.observations import require_own_values
 from lvppl.terms import trace_terms
 from lvppl.tracing import (
     is_enumerated,
@@ -323,7 +324,7 @@ def _check_sites(trace: poutine.Trace, strict: bool) -> None:
     for site in sample_sites(trace):
         value, fn = site["value"], site["fn"]
         if strict and site["is_observed"]:
-            _check_not_broadcast(site)
+            require_own_values(site)
         if strict and site["is_observed"] and support_of(fn) is not None and not is_point(site):
             inside = _inside(fn, value)
             if not bool(inside.all()):
@@ -333,24 +334,6 @@ def _check_sites(trace: poutine.Trace, strict: bool) -> None:
                     "Correct the data, choose a likelihood with that support, or pass strict=False "
                     "if its density is meant to be used there."
                 )
-
-
-def _check_not_broadcast(site: Any) -> None:
-    value, event_dim = site["value"], site["fn"].event_dim
-    if not isinstance(value, Tensor):
-        raise ProgramError(
-            f"Site '{site['name']}' observes a {type(value).__name__}, not a tensor: wrap it with "
-            "torch.as_tensor."
-        )
-    shape = tuple(value.shape[: value.dim() - event_dim])
-    for plate in plates_of(site):
-        size = shape[plate.dim] if len(shape) >= -plate.dim else 1
-        if size == 1 < plate.size and not isinstance(site["fn"], Unit):
-            raise ProgramError(
-                f"Observed site '{site['name']}' has batch shape {shape}, but plate "
-                f"'{plate.name}' has size {plate.size} at dimension {plate.dim}: one value would "
-                f"be counted {plate.size} times. Give it the plate's size, or expand it yourself."
-            )
 
 
 def _inside(fn: Any, value: Tensor) -> Tensor:

@@ -109,12 +109,12 @@ class Nodes(TorchDistribution):
         table = table.movedim(dim, -1)
         kept = self._basis().shape[1]
         coefficients = self._coefficients(table[..., :kept])
-        predicted = coefficients @ self._basis(checks=True).mT
+        predicted = coefficients @ self._basis(checks=True).to(table).mT
         size = table.abs().amax(-1, keepdim=True) + 1
         return ((predicted - table[..., kept:]).abs() / size).amax()
 
     def _coefficients(self, table: Tensor) -> Tensor:
-        return torch.linalg.solve(self._basis(), table.unsqueeze(-1)).squeeze(-1)
+        return torch.linalg.solve(self._basis().to(table), table.unsqueeze(-1)).squeeze(-1)
 
     def _basis(self, *, checks: bool = False) -> Tensor:
         """The functions of the span at the nodes, (nodes, functions)."""

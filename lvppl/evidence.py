@@ -160,6 +160,7 @@ class ExactPosterior:
 
         It is the maximum of the joint, not of each marginal: for a chain, Viterbi's path.
         """
+        self._require_sites()
         queries = [self._enumerated.over_sites([site]) for site in self._latents]
         value, answers = self._graph.solve(queries, reduction=log_max)
         values = {
@@ -175,6 +176,7 @@ class ExactPosterior:
             num_samples: independent draws.
             seed: the same seed gives the same draws; the global generators are left alone.
         """
+        self._require_sites()
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ProgramError(
                 f"num_samples must be a whole number of at least 1, not {num_samples!r}"
@@ -204,6 +206,14 @@ class ExactPosterior:
     @property
     def _latents(self) -> Sequence[Any]:
         return [self._graph.latents[name] for name in self.sites]
+
+    def _require_sites(self) -> None:
+        if not self.sites:
+            raise ProgramError(
+                "every latent of this program is integrated, not enumerated, so that there are no "
+                "states to choose or to draw. log_evidence has ln p(y), and fit.reconstruct(y) the "
+                "mean of y given the posterior."
+            )
 
     def _known(self, site: str) -> str:
         if site not in self.sites:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
-from lvppl.observations import explain_observations, require_plates
+from lvppl.observations import explain_observations, require_own_values, require_plates
 from lvppl.packed import Reduction, log_max, log_sum_exp
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, is_masked, kind_of, plates_of
@@ -86,6 +86,8 @@ class FactorGraph:
         if guarded:
             for site in self.sites.values():
                 require_plates(site)
+                if site["is_observed"]:
+                    require_own_values(site)
         if guarded and any(_elements(site) > MOST_ELEMENTS for site in self.sites.values()):
             raise TooLarge
         _refuse_continuous(self.sites)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 
 from lvppl.errors import ProgramError
 from lvppl.tracing import kind_of, plates_of, sample_sites, support_of, trace_pair, undisturbed
 
-__all__ = ["explain_observations", "require_plates"]
+__all__ = ["explain_observations", "require_own_values", "require_plates"]
 
 Program = Callable[..., Any]
 
@@ -58,6 +59,30 @@ def require_plates(site: Any) -> None:
                 f"{tuple(value.shape)}, whose size {size} at batch dimension {dim} belongs to "
                 f"{where}. Put independent data into pyro.plate(..., {size}, dim={dim}), and "
                 "declare what belongs to one datum by .to_event(n)."
+            )
+
+
+def require_own_values(site: Any) -> None:
+    """Refuse one value that a plate would repeat: it would count as so many data.
+
+    Raises:
+        ProgramError: by shape and plate.
+    """
+    value, event_dim = site["value"], site["fn"].event_dim
+    if not isinstance(value, Tensor):
+        raise ProgramError(
+            f"Site '{site['name']}' observes a {type(value).__name__}, not a tensor: wrap it with "
+            "torch.as_tensor."
+        )
+    shape = tuple(value.shape[: max(value.dim() - event_dim, 0)])
+    for plate in plates_of(site):
+        size = shape[plate.dim] if len(shape) >= -plate.dim else 1
+        if size == 1 < plate.size and not isinstance(site["fn"], Unit):
+            raise ProgramError(
+                f"Observed site '{site['name']}' has batch shape {shape}, but plate "
+                f"'{plate.name}' has size {plate.size} at dimension {plate.dim}: one value would "
+                f"be counted {plate.size} times. Give it the plate's size (vectors of length one "
+                "are y[:, None]), or expand it yourself."
             )
 
 

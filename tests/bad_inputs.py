@@ -1732,6 +1732,25 @@ TOPICS["Exact evidence and posteriors"] = [
 
 TOPICS["Expectation maximisation"] = [
     em(
+        "a vector where EM of one column wants `(N, 1)`",
+        "has batch shape () … would be counted 4 times … y[:, None]",
+        Y,
+        model=GaussianMixture(2, 1, covariance="diag"),
+    ),
+    em(
+        "a model that observes nothing",
+        "observes nothing … obs=y",
+        Y,
+        model=lambda y: pyro.sample("z", dist.Categorical(torch.ones(2) / 2)) and None,
+    ),
+    em(
+        "a column of nothing but missing values",
+        "has no value at all in column 1 … Leave the column out",
+        torch.tensor([[1.0, math.nan], [2.0, math.nan], [0.5, math.nan]]),
+        model=GaussianMixture(2, 2, covariance="diag"),
+        missing="nan",
+    ),
+    em(
         "NaN in the data of EM",
         'data argument 0 has nan at index [1] … missing="nan" … or fill it',
         MISSING,

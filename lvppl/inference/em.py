@@ -26,6 +26,7 @@ from lvppl.inference.em_checks import (
     probing,
     refuse_drawn_rows,
     refuse_infinite,
+    refuse_unseen_columns,
 )
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Settings
@@ -187,8 +188,8 @@ class EM:
         :param callbacks: each is called with the fit in progress after each iteration.
             ``StopIteration`` ends the fit.
         :param progress: show a progress bar, or a line now and then.
-        :returns: an :class:`EMFit`; with a guide, a :class:`Fit` whose history has the ELBO and the
-            KL after every half-step.
+        :returns: an :class:`EMFit`; with a guide, a :class:`Fit` whose history has the ELBO after
+            every half-step, and the KL where the model can be summed exactly.
         :raises ProgramError: before the first iteration, where program, data or options do not fit;
             later where a datum becomes impossible under the model.
         """
@@ -202,6 +203,8 @@ class EM:
             raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
         check_callables(callbacks)
         refuse_infinite(data)
+        if missing:
+            refuse_unseen_columns(data)
         asked = batch_size
         batch_size = check_data(data, batch_size, None, missing is None, remedy=_NAN_REMEDY)
         if self.online and batch_size is None:
@@ -307,13 +310,13 @@ class EM:
                         require_conjugate(_graph(program, batch, kwargs))
             _require_latents(graph)
             state.claim()
+            _require_double(continuous, state)
             if not state.tensors():
                 raise ProgramError(
                     "The model has no parameter to maximise. Write pyro.param(name, value), a "
                     "PyroModule with PyroParam, or pyro.module. The posterior of the latents is "
                     "lvppl.posterior(model, *data)."
                 )
-            _require_double(continuous, state)
             store = pyro.get_param_store().get_state()
             with probing(store["constraints"]):
                 problem = Problem(
@@ -442,7 +445,8 @@ def _require_double(continuous: ContinuousLatents, state: FitState) -> None:
     if continuous.local and any(t.dtype != torch.float64 for t in state.tensors().values()):
         raise ProgramError(
             f"Latent '{continuous.local[0]}' is integrated out of each datum, which needs float64, "
-            "but parameters are float32. Use model.double() and y.double()."
+            "but parameters are float32. Begin with torch.set_default_dtype(torch.float64), or use "
+            "model.double(); and y.double()."
         )
 
 

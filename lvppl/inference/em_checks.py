@@ -13,7 +13,13 @@ from torch.distributions import constraints
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.arguments import tensors_in
 
-__all__ = ["inside_constraints", "probing", "refuse_drawn_rows", "refuse_infinite"]
+__all__ = [
+    "inside_constraints",
+    "probing",
+    "refuse_drawn_rows",
+    "refuse_infinite",
+    "refuse_unseen_columns",
+]
 
 
 def refuse_infinite(data: tuple[Any, ...]) -> None:
@@ -26,6 +32,19 @@ def refuse_infinite(data: tuple[Any, ...]) -> None:
                     f"data argument {place} has {float(tensor[tuple(where)])} at index {where}. "
                     'Correct the data; a missing value is NaN, in a fit with missing="nan".'
                 )
+
+
+def refuse_unseen_columns(data: tuple[Any, ...]) -> None:
+    """A feature of which nothing was seen has no parameters that the data speak of."""
+    for place, value in enumerate(data):
+        for tensor in tensors_in(value):
+            if tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) > 0:
+                empty = tensor.isnan().all(0).nonzero().flatten().tolist()
+                if empty:
+                    raise ProgramError(
+                        f"data argument {place} has no value at all in column {empty[0]}. Leave "
+                        "the column out."
+                    )
 
 
 def refuse_drawn_rows(trace: poutine.Trace) -> None:

@@ -67,7 +67,7 @@ class Loop:
         self.objectives: list[float] = []
         self.status, self.reason = "running", "the fit is in progress"
         self.best = -math.inf
-        self.reseeded: list[str] = []
+        self.reseeded: list[tuple[str, int]] = []
         self._moved = False
         self._averaged: Statistics | None = None
         self._step_number = 0
@@ -139,7 +139,7 @@ class Loop:
         if not dead or len(self.reseeded) + len(dead) > _MOST_RESEEDS:
             return
         reseed(self.problem, dead)
-        self.reseeded += [f"{one} in iteration {self.iteration}" for one in dead]
+        self.reseeded += [(str(one), self.iteration) for one in dead]
         self._moved = True
 
     def _expectation(self) -> tuple[float, Statistics, list[dict[str, Tensor]]]:
@@ -231,7 +231,7 @@ class Loop:
 
     def _stop(self, status: str, reason: str) -> None:
         if self.reseeded:
-            reason += f"; without data, and started again: {', '.join(self.reseeded)}"
+            reason += f"; without data, and started again: {_counted(self.reseeded)}"
         self.status, self.reason = status, reason
 
     def _call_back(self) -> None:
@@ -299,6 +299,18 @@ class Loop:
             self._stop("max_steps", f"all {self.settings.max_iter} passes over the data are done")
         else:
             self._stop("diverged", f"{self.mode.tracked} is {objective}")
+
+
+def _counted(reseeded: Sequence[tuple[str, int]]) -> str:
+    """Each component once, with its iterations."""
+    by_name: dict[str, list[int]] = {}
+    for name, iteration in reseeded:
+        by_name.setdefault(name, []).append(iteration)
+    return ", ".join(
+        f"{name} in iteration {its[0]}"
+        + (f" and {len(its) - 1} times after" if len(its) > 1 else "")
+        for name, its in by_name.items()
+    )
 
 
 def _is_moving(settings: Settings, iteration: int) -> bool:

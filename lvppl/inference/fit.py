@@ -37,6 +37,8 @@ class History(Mapping[str, np.ndarray]):
     an evaluation, in nats per row of the data (those that the objective reports).
     """
 
+    unit = "nats per row"
+
     def __init__(self, losses: Tensor, evaluations: Sequence[Evaluation]) -> None:
         self._losses = losses.detach()
         self._evaluations = tuple(evaluations)
@@ -257,7 +259,7 @@ class Fit:
         measured = [name for name in _EVALUATED if name in self.history]
         if measured:
             parts = [f"{name} {self.history[name][-1]:.5g}" for name in measured]
-            lines.append(f"  last        {', '.join(parts)} (nats per row)")
+            lines.append(f"  last        {', '.join(parts)} ({self.history.unit})")
         elif len(self.history["loss"]):
             lines.append(f"  last loss   {self.history['loss'][-1]:.6g} nats")
         return "\n".join(lines)

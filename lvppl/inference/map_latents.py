@@ -84,6 +84,11 @@ def continuous_latents(model: Program, args: Any, kwargs: Mapping[str, Any]) -> 
     with undisturbed(), poutine.block():
         sites = sample_sites(traced("model", model, args, kwargs))
     observed = [s for s in sites if s["is_observed"] and len(torch.as_tensor(s["value"]).flatten())]
+    if not any(s["is_observed"] for s in sites):
+        raise ProgramError(
+            "The model observes nothing, so that there is nothing to fit. Give the data to the "
+            "sites that they are of: pyro.sample(name, distribution, obs=y)."
+        )
     shared, local = [], []
     for site in sites:
         if site["is_observed"] or is_enumerated(site) or is_discrete(site):

@@ -51,6 +51,8 @@ class HalfSteps(History):
     the ELBO after each M-step, ``loss`` its negative.
     """
 
+    unit = "nats, summed over the data"
+
     def __init__(self, elbo: list[float], evidence: list[float]) -> None:
         after = elbo[::2]
         super().__init__(-torch.tensor(after, dtype=torch.float64), ())
