@@ -143,7 +143,7 @@ def mixture(n: int, d: int, k: int, covariance: str) -> None:
     print("nats per datum: " + ", ".join(f"{name} {score:.6f}" for name, score in scores.items()))
     assert max(scores.values()) - min(scores.values()) < 1e-4, scores
     title = f"mixture, {covariance}, {n:,} × {d}, K = {k}, one iteration"
-    print(table(title, per_iteration(runs, short=2, long=7), against="scikit-learn"), "\n")
+    print(table(title, per_iteration(runs, short=2, long=17), against="scikit-learn"), "\n")
 
 
 def k_means(n: int, d: int, k: int) -> None:
@@ -178,7 +178,7 @@ def k_means(n: int, d: int, k: int) -> None:
     )
     assert abs(inertia["lvppl"] / inertia["scikit-learn"] - 1) < 1e-5, inertia
     title = f"k-means, {n:,} × {d}, K = {k}, one iteration"
-    print(table(title, per_iteration(runs, short=2, long=12), against="scikit-learn"), "\n")
+    print(table(title, per_iteration(runs, short=2, long=22), against="scikit-learn"), "\n")
 
 
 def inertia_of(y: Tensor, centres: Tensor) -> float:
