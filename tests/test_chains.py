@@ -460,3 +460,12 @@ def test_refusals():
             chain_log_sum(*args, **options)
     with pytest.raises(ProgramError, match="possible path"):
         sample_chain(initial, transition, torch.full_like(emission, -math.inf))
+
+
+def test_no_sequences_have_no_posteriors():
+    initial, transition, emission = torch.randn(3), torch.randn(3, 3), torch.zeros(0, 5, 3)
+    found = forward_backward(initial, transition, emission)
+    assert found.log_evidence.shape == (0,) and found.marginals.shape == (0, 5, 3)
+    assert torch.equal(found.transitions, torch.zeros(3, 3))
+    assert chain_log_sum(initial, transition, emission).shape == (0,)
+    assert sample_chain(initial, transition, emission).shape == (1, 0, 5)

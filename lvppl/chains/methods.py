@@ -25,7 +25,7 @@ def require_method(method: str) -> None:
 
 def find_posterior(chain: Chain, method: str, workspace: ChainWorkspace | None = None) -> Posterior:
     """The scaled posterior where it is proven right, and that in log space where it is not."""
-    if not _asks_for_scan(chain, method):
+    if chain.B > 0 and not _asks_for_scan(chain, method):
         for num_blocks in _block_counts(chain, method):
             found = _scaled_posterior(chain, num_blocks, workspace or ChainWorkspace())
             if found is not None:
@@ -53,7 +53,7 @@ def _block_counts(chain: Chain, method: str) -> list[int]:
 
 def must_scan(chain: Chain, method: str) -> bool:
     """Whether the scan is to be preferred to single steps in log space."""
-    if _asks_for_scan(chain, method):
+    if chain.B == 0 or _asks_for_scan(chain, method):
         return True
     if chain.emission.device.type != "cpu":
         return False
