@@ -243,7 +243,7 @@ class EM:
                 progress=progress,
                 callbacks=tuple(callbacks),
             )
-            return self._run(state, problem, settings, where)
+            return self._run(state, problem, settings)
         finally:
             state.finish()
 
@@ -335,9 +335,7 @@ class EM:
 
     # ---------------------------------------------------------------------------------- restarts
 
-    def _run(
-        self, state: FitState, problem: Problem, settings: Settings, device: torch.device
-    ) -> EMFit:
+    def _run(self, state: FitState, problem: Problem, settings: Settings) -> EMFit:
         start, buffers = state.values()
         best: tuple[Loop, Any] | None = None
         restarts: list[Restart] = []

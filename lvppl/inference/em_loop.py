@@ -135,6 +135,8 @@ class Loop:
     def _revive(self, statistics: Statistics) -> None:
         """Start components without data again, and remember that values cannot be compared."""
         self._moved = False
+        if self.iteration >= self.settings.max_iter:
+            return  # no iteration is left for them to find data in
         dead = dead_components(self.problem.m_step, statistics)
         if not dead or len(self.reseeded) + len(dead) > _MOST_RESEEDS:
             return

@@ -59,6 +59,8 @@ def slopes(fit: Any, model: Callable[..., Any], *data: Any) -> dict[str, float]:
     return {name: float(g.abs().max()) for name, g in zip(named, grads, strict=True)}
 
 
+# EM and the L-BFGS steps inside it converge linearly: a slope in nats per unit of an unconstrained
+# parameter below these tolerances is a distance to the maximum of about tolerance / number of data.
 def assert_stationary(fit: Any, model: Callable[..., Any], *data: Any, atol: float = 1e-4) -> None:
     found = slopes(fit, model, *data)
     assert max(found.values()) < atol, (found, fit.m_step)
