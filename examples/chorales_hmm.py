@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _answers import verdict
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -279,13 +280,6 @@ def tidy(ax: Axes) -> None:
     ax.tick_params(colors=INK)
     ax.grid(color=FAINT, linewidth=0.6)
     ax.set_axisbelow(True)
-
-
-def verdict(answers: list[tuple[str, bool]]) -> int:
-    print()
-    for what, holds in answers:
-        print(f"{'reached' if holds else 'MISSED':<8} {what}")
-    return 0 if all(holds for _, holds in answers) else 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _answers import verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
@@ -127,13 +128,6 @@ def swatches(ax: Axes, palette: Tensor, nearest: Tensor) -> None:
     ax.barh(0, shares[order].numpy(), left=left, color=palette[order].numpy() / 255, height=1.0)
     ax.set_xlim(0, 1)
     ax.set_axis_off()
-
-
-def verdict(answers: list[tuple[str, bool]]) -> int:
-    print()
-    for what, holds in answers:
-        print(f"{'reached' if holds else 'MISSED':<8} {what}")
-    return 0 if all(holds for _, holds in answers) else 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _answers import verdict
 from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
@@ -194,13 +195,6 @@ def write(
 
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def verdict(answers: list[tuple[str, bool]]) -> int:
-    print()
-    for what, holds in answers:
-        print(f"{'reached' if holds else 'MISSED':<8} {what}")
-    return 0 if all(holds for _, holds in answers) else 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _answers import verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -187,13 +188,6 @@ def tile(ax: Axes, x: float, y: float, image: Tensor, frame: str | None = None) 
     ax.imshow(1 - image.clamp(0, 1), cmap="gray", vmin=0, vmax=1, extent=(x, x + 0.92, y + 0.92, y))
     if frame:
         ax.add_patch(Rectangle((x, y), 0.92, 0.92, fill=False, edgecolor=frame, linewidth=1.2))
-
-
-def verdict(answers: list[tuple[str, bool]]) -> int:
-    print()
-    for what, holds in answers:
-        print(f"{'reached' if holds else 'MISSED':<8} {what}")
-    return 0 if all(holds for _, holds in answers) else 1
 
 
 if __name__ == "__main__":

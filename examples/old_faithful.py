@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _answers import verdict
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -159,13 +160,6 @@ def ellipse(
         (False, {"edgecolor": colour, "linewidth": 1.4, "zorder": 2}),
     ):
         ax.add_patch(Ellipse(loc, width, height, angle=angle, fill=fill, **options))
-
-
-def verdict(answers: list[tuple[str, bool]]) -> int:
-    print()
-    for what, holds in answers:
-        print(f"{'reached' if holds else 'MISSED':<8} {what}")
-    return 0 if all(holds for _, holds in answers) else 1
 
 
 if __name__ == "__main__":
