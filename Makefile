@@ -20,7 +20,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
   $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-CONFIGURATION := setup.cfg pyproject.toml $(CONSTRAINTS)
+NATIVE := $(wildcard lvppl/mixtures/native/*)
+CONFIGURATION := setup.cfg setup.py pyproject.toml $(CONSTRAINTS) $(NATIVE)
 
 # One thread a worker: more only compete for the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -2,7 +2,7 @@
 
 A program is one whose only site is a :class:`~lvppl.distributions.HiddenMarkov` with the same
 transitions and the same Gaussians at every step. Densities and moments are matrix products of
-:mod:`~lvppl.inference.mixture_kernel`, the states are summed by :mod:`lvppl.chains` in buffers that
+:mod:`~lvppl.mixtures`, the states are summed by :mod:`lvppl.chains` in buffers that
 are used again.
 """
 
@@ -22,7 +22,7 @@ from lvppl.inference.gaussians import Gaussians, add_gaussians, gaussians_of
 from lvppl.inference.m_step.bindings import Binding, Bound, Key
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
-from lvppl.inference.mixture_kernel import MixtureKernel
+from lvppl.mixtures import MixtureKernel
 from lvppl.layout import Layout
 from lvppl.tracing import is_masked
 

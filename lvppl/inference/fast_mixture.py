@@ -3,7 +3,7 @@
 A program is one where a single enumerated Categorical, whose weights are the same for all data,
 chooses the location and the covariance of a single observed vector. It is still run at every
 iteration, which costs a millisecond and says what its arguments are; only the densities,
-the responsibilities and their moments are left to :mod:`~lvppl.inference.mixture_kernel`.
+the responsibilities and their moments are left to :mod:`~lvppl.mixtures`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lvppl.inference.gaussians import Gaussians, add_gaussians, gaussians_of, sc
 from lvppl.inference.m_step.bindings import Binding, Bound, Key
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
-from lvppl.inference.mixture_kernel import MixtureKernel
+from lvppl.mixtures import MixtureKernel
 from lvppl.layout import Layout
 from lvppl.tracing import is_enumerated, is_masked
 

@@ -1,6 +1,6 @@
 """K Gaussians over one matrix of data: what a program says of them, and their statistics as cells.
 
-The kernel (:mod:`~lvppl.inference.mixture_kernel`) knows neither programs nor parameters; this is
+The kernel (:mod:`~lvppl.mixtures`) knows neither programs nor parameters; this is
 what stands between, for mixtures and for hidden Markov models alike.
 """
 
@@ -18,7 +18,7 @@ from lvppl.inference.m_step.bindings import Binding, Bound, Key
 from lvppl.inference.m_step.cells import Cells
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import unexpanded
-from lvppl.inference.mixture_kernel import MixtureStatistics
+from lvppl.mixtures import MixtureStatistics
 
 __all__ = ["Gaussians", "add_gaussians", "gaussians_of", "scale_is_free"]
 
