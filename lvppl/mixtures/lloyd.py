@@ -22,6 +22,7 @@ from lvppl.mixtures.chunks import rows_at_once
 __all__ = ["Centres", "first_max"]
 
 _TILE = 2**15  # scores of one product: what a first-level cache and a BLAS like
+_WIDEST_TILE = 64  # columns of a compiled tile that a first-level cache holds
 _MARK = 2.0**20  # in float32, the sum of two of these and of any indices below it is exact
 
 
@@ -46,7 +47,7 @@ class Centres:
 
     def sums(self, y: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
         """Sums of y less the shift by the component that is chosen, (K, D), and counts, (K,)."""
-        if native.takes(y, self.loc.numel()):
+        if y.shape[1] <= _WIDEST_TILE and native.takes(y, self.loc.numel()):
             given = [part.to(y.dtype) for part in (self.shift, self.loc, self.bias)]
             total, counts = native.kmeans_sums(y, *given)
             return total - counts[:, None] * self.shift, counts

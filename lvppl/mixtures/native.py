@@ -23,7 +23,7 @@ __all__ = ["kmeans_sums", "mixture_totals", "takes"]
 
 _BLOCK = 2**14  # rows of a block: enough to forget what starting one costs
 _MOST_BLOCKS = 64  # and so many at most, since each has sums of its own
-_LARGEST_SUMS = 2**14  # numbers: with a vector for each they fill a second-level cache
+_LARGEST_SUMS = 2**16  # numbers, a vector for each: beyond, caches miss and products are as fast
 
 _size, _address, _flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
