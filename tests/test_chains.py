@@ -15,7 +15,9 @@ from lvppl.chains import (
     viterbi,
 )
 from lvppl.chains.arguments import checked_chain
+from lvppl.chains.layout import Buffers
 from lvppl.chains.methods import find_posterior
+from lvppl.chains.sweep import Sweep
 from lvppl.errors import ProgramError
 
 METHODS = ["auto", "sequential", "blocked", "associative"]
@@ -322,6 +324,93 @@ def test_workspace_gives_the_same():
     first = forward_backward(*args, workspace=workspace)
     second = forward_backward(*args, workspace=workspace)
     assert first.marginals.data_ptr() == second.marginals.data_ptr()
+
+
+class Counted:
+    """How often buffers are allocated, and blocks swept, while ``find_posterior`` runs."""
+
+    def __init__(self, monkeypatch):
+        self.buffers = self.sweeps = 0
+        allocate, run = Buffers.__init__, Sweep.run
+
+        def allocated(buffers, *args):
+            self.buffers += 1
+            allocate(buffers, *args)
+
+        def swept(sweep):
+            self.sweeps += 1
+            run(sweep)
+
+        monkeypatch.setattr(Buffers, "__init__", allocated)
+        monkeypatch.setattr(Sweep, "run", swept)
+
+    def of(self, args, workspace, lengths=None):
+        """(buffers, sweeps, blocks) of one call."""
+        self.buffers = self.sweeps = 0
+        posterior = find_posterior(checked_chain(*args, lengths), "auto", workspace)
+        return self.buffers, self.sweeps, posterior.layout.N
+
+
+def long_chains(T=1984, K=4):
+    """One that forgets within a block of 64 steps, one that does not, and the latter stepwise."""
+    initial, transition, emission = factors(B=2, T=T, K=K)
+    transition = (4 * torch.randn(K, K)).double()  # its spread asks for more frequent rescaling
+    unforgetting = (0.9999 * torch.eye(K).double() + 1e-4).log()
+    still = 0.001 * emission
+    return (
+        (initial, transition, emission),
+        (initial, unforgetting, still),
+        (initial, unforgetting.expand(T - 1, K, K), still),
+    )
+
+
+def test_a_workspace_allocates_once_and_sweeps_no_more_than_it_must(monkeypatch):
+    forgetting, unforgetting, _ = long_chains()
+    counted, workspace = Counted(monkeypatch), ChainWorkspace()
+    blocks = counted.of(forgetting, None)[2]
+    assert blocks > 1
+    assert counted.of(forgetting, workspace) == (1, 2, blocks)
+    for _ in range(3):
+        assert counted.of(forgetting, workspace) == (0, 2, blocks)
+    # other transitions are rescaled at other steps, in the same memory
+    assert counted.of(unforgetting, workspace) == (0, 3, blocks)  # two guesses, then products
+    for _ in range(3):
+        assert counted.of(unforgetting, workspace) == (0, 1, blocks)
+    lengths = torch.tensor([1984, 1234])
+    assert counted.of(unforgetting, workspace, lengths) == (0, 2, blocks)
+
+
+def test_blocks_that_did_not_forget_are_tried_again(monkeypatch):
+    """A chain that has begun to forget is not swept for products for ever."""
+    forgetting, unforgetting, stepwise = long_chains()
+    counted, workspace = Counted(monkeypatch), ChainWorkspace()
+    for args in (unforgetting, stepwise):
+        counted.of(args, workspace)
+    stepwise = (forgetting[0], forgetting[1].expand(1983, 4, 4), forgetting[2])
+    shared, own = ([counted.of(a, workspace) for _ in range(20)] for a in (forgetting, stepwise))
+    assert [sweeps for _, sweeps, _ in shared[16:]] == [2] * 4
+    assert [blocks for _, _, blocks in own] == [1] * 16 + [shared[0][2]] * 4
+
+
+def test_chains_of_two_kinds_in_one_workspace_do_not_learn_from_each_other(monkeypatch):
+    forgetting, unforgetting, stepwise = long_chains()
+    own = (forgetting[0], forgetting[1].expand(1983, 4, 4), forgetting[2])
+    counted, workspace = Counted(monkeypatch), ChainWorkspace()
+    counted.of(unforgetting, workspace)
+    buffers, sweeps, blocks = counted.of(own, workspace)
+    assert (buffers, sweeps) == (0, 2) and blocks > 1
+    workspace = ChainWorkspace()
+    counted.of(stepwise, workspace)
+    assert counted.of(forgetting, workspace)[1:] == (2, blocks)
+
+
+def test_stepwise_chains_that_do_not_forget_keep_their_buffers(monkeypatch):
+    """They are swept whole: blocks in vain once, and no buffers for two layouts in turn."""
+    *_, stepwise = long_chains()
+    counted, workspace = Counted(monkeypatch), ChainWorkspace()
+    assert counted.of(stepwise, workspace) == (2, 3, 1)  # blocks twice, then the whole
+    for _ in range(3):
+        assert counted.of(stepwise, workspace) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["whole", "unequal", "with an empty one"])

@@ -1,4 +1,4 @@
-"""What blocks start from: a guess, refined until they agree with their neighbours."""
+"""What blocks start from, such that they agree with their neighbours: a guess, or products."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ import math
 import torch
 from torch import Tensor
 
-from lvppl.chains.steps import OwnSteps
 from lvppl.chains.sweep import Sweep
 
 
-def run_until_consistent(sweep: Sweep, tolerance: float) -> bool:
-    """Sweep until every block starts from what its neighbours end with, to rounding.
+def run_from_guess(sweep: Sweep, tolerance: float) -> bool:
+    """Sweep from a flat guess; whether every block then starts from what its neighbours end with.
 
-    Then all messages are those of a single pass, to rounding times the number of blocks. A chain
-    forgets its past, most often within a block: so a sweep from a flat guess gives the next one its
-    starts. Where it does not, products of matrices give them.
+    All messages are then those of a single pass, to rounding times the number of blocks. A chain
+    forgets its past, most often within a block: so a sweep from a guess gives the next its starts.
     """
-    buffers = sweep.buffers
-    if sweep.layout.N == 1 or not buffers.remembers or sweep.ended is not None:
-        buffers.starts.fill_(1.0)
-        sweep.run()
+    sweep.buffers.starts.fill_(1.0)
+    sweep.run()
     if sweep.layout.N == 1:
         return True
-    for _ in range(0 if buffers.remembers else 2):
-        error = _run_between(sweep, buffers.ends)
-        if error <= tolerance:
-            return True
-        if not error <= math.sqrt(tolerance):  # another sweep would not be enough
-            break
-    if isinstance(sweep.steps, OwnSteps):
-        return False
-    buffers.remembers = True
-    return _run_between(sweep, _product_ends(sweep, sweep.steps.A[0])) <= tolerance
+    error = _run_between(sweep, sweep.buffers.ends)
+    if tolerance < error <= math.sqrt(tolerance):  # beyond it another sweep would not be enough
+        error = _run_between(sweep, sweep.buffers.ends)
+    return error <= tolerance
+
+
+def run_from_products(sweep: Sweep, A: Tensor, tolerance: float) -> bool:
+    """The same from starts that products of matrices give, for chains that do not forget.
+
+    Args:
+        A: the transition of all columns at all steps, (K, K).
+    """
+    if sweep.ended is not None and not sweep.has_run:  # what is known of blocks with an end inside
+        sweep.buffers.starts.fill_(1.0)
+        sweep.run()
+    return _run_between(sweep, _product_ends(sweep, A)) <= tolerance
 
 
 def _run_between(sweep: Sweep, ends: Tensor) -> float:

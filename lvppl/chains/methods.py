@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from lvppl.chains.arguments import Chain
-from lvppl.chains.boundaries import run_until_consistent
-from lvppl.chains.layout import ChainWorkspace, Layout, buffers_of
+from lvppl.chains.boundaries import run_from_guess, run_from_products
+from lvppl.chains.layout import ChainWorkspace, Layout
 from lvppl.chains.log_space import LogPosterior
 from lvppl.chains.posterior import Posterior
-from lvppl.chains.safety import LIMITS, support_is_intact, transition_spread
+from lvppl.chains.safety import LIMITS, Limits, support_is_intact, transition_spread
 from lvppl.chains.scaled import ScaledPosterior
-from lvppl.chains.steps import steps_of
+from lvppl.chains.steps import OwnSteps, SharedSteps, columns_share
 from lvppl.chains.sweep import Sweep
 from lvppl.errors import ProgramError
 
@@ -67,17 +67,34 @@ def _scaled_posterior(
 ) -> ScaledPosterior | None:
     """In scaled space, or ``None`` where this could not be shown to be right."""
     limits, layout = LIMITS[chain.emission.dtype], Layout.of(chain, num_blocks)
-    spread = transition_spread(chain)
+    spread, shared = transition_spread(chain), columns_share(chain, layout)
     safe = spread <= limits.spread
     if not safe and not chain.shared:
         return None
-    loss = max(spread, math.log(chain.K), 1.0)
-    period = min(32, max(1, int(limits.shrink / loss))) if safe else 1
-    buffers = buffers_of(workspace, layout, period, chain.emission)
-    sweep = Sweep(chain, layout, buffers, steps_of(chain, layout, buffers))
-    if not run_until_consistent(sweep, limits.tolerance):
+    guess = layout.N == 1 or workspace.expects_to_forget((shared, layout))
+    if not guess and not shared:  # nothing else gives the starts of its blocks
         return None
+    buffers = workspace.buffers(layout, _rescaling_period(chain, spread, limits), chain.emission)
+    steps: SharedSteps | OwnSteps = (
+        SharedSteps(chain, layout) if shared else OwnSteps(chain, layout, buffers)
+    )
+    sweep = Sweep(chain, layout, buffers, steps)
+    if not (guess and run_from_guess(sweep, limits.tolerance)):
+        if guess:
+            workspace.found_unforgetting((shared, layout))
+        if isinstance(steps, OwnSteps):
+            return None
+        if not run_from_products(sweep, steps.A[0], limits.tolerance):
+            return None
     posterior = ScaledPosterior(sweep)
     if not safe and not support_is_intact(sweep, posterior, limits):
         return None
     return posterior
+
+
+def _rescaling_period(chain: Chain, spread: float, limits: Limits) -> int:
+    """After how many steps messages are rescaled: before they have shrunk by more than allowed."""
+    if spread > limits.spread:
+        return 1
+    loss = max(spread, math.log(chain.K), 1.0)
+    return min(32, max(1, int(limits.shrink / loss)))

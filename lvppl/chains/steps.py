@@ -10,11 +10,9 @@ from lvppl.chains.layout import Buffers, Layout
 from lvppl.chains.log_arithmetic import finite
 
 
-def steps_of(chain: Chain, layout: Layout, buffers: Buffers) -> SharedSteps | OwnSteps:
-    """The faster of the two that can do it."""
-    if chain.transition.shape[0] > 1 or (layout.N > 1 and not chain.homogeneous):
-        return OwnSteps(chain, layout, buffers)
-    return SharedSteps(chain, layout)
+def columns_share(chain: Chain, layout: Layout) -> bool:
+    """Whether one transition at a time is that of all columns, which is faster."""
+    return chain.transition.shape[0] == 1 and (layout.N == 1 or chain.homogeneous)
 
 
 class SharedSteps:

@@ -26,6 +26,7 @@ class Sweep:
         self.lengths = lengths
         self.exists: Tensor | None = None
         self.ended: Tensor | None = None
+        self.has_run = False
         self._resets: list[Tensor | None] = [None] * L
         if lengths is not None:
             times = layout.times(device)
@@ -53,7 +54,7 @@ class Sweep:
         """One sweep from ``buffers.starts``."""
         buffers, step, B = self.buffers, self.steps.step, self.layout.B
         tiny, scale = torch.finfo(buffers.factors.dtype).tiny, buffers.scale
-        messages = buffers.starts
+        messages, self.has_run = buffers.starts, True
         for s, (arrive, factor, out, event) in enumerate(buffers.steps):
             if s:
                 step(s, messages, arrive)
