@@ -19,7 +19,7 @@ from typing import Any as _Any
 from lvppl import data
 from lvppl.checks import CheckReport, check
 from lvppl.errors import ProgramError
-from lvppl.evidence import ExactPosterior, LogEvidence, log_evidence, posterior
+from lvppl.evidence import ExactPosterior, LogEvidence, Moments, log_evidence, posterior
 from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
@@ -54,6 +54,7 @@ __all__ = [
     "LikelihoodEstimate",
     "LinearSchedule",
     "LogEvidence",
+    "Moments",
     "Objective",
     "ProgramError",
     "RateDistortion",

@@ -3,35 +3,38 @@ r"""ln p(y) and the posterior of programs whose latents are all discrete: exact,
 .. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad p(z | y) = p(z, y) / p(y)
 
 Any Pyro program will do: plates, nested plates, ``pyro.markov`` chains, trees, several sites. No
-site needs to be marked for enumeration.
+site needs to be marked for enumeration. Latents that the distribution of an observed site sums out
+by itself (HiddenMarkov, MixtureSameFamily) have a posterior too, and so have continuous latents
+that a fit by :class:`lvppl.EM` integrates exactly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvppl.conjugate import Nodes
 from lvppl.errors import ProgramError
+from lvppl.exact_latents import InnerState, Integrated, State, integrated_of, states_of
 from lvppl.factor_graph import FactorGraph, graph_of
-from lvppl.packed import log_max, log_sum_exp_sampled
+from lvppl.packed import Reduction, log_max, log_sum_exp, log_sum_exp_sampled
 from lvppl.seeding import seeded
 from lvppl.tracing import kind_of, plates_of
 
-__all__ = ["Assignment", "ExactPosterior", "LogEvidence", "log_evidence", "posterior"]
+__all__ = ["Assignment", "ExactPosterior", "LogEvidence", "Moments", "log_evidence", "posterior"]
 
 Program = Callable[..., Any]
+Latent = State | InnerState | Integrated
 
 _DRAW_ELEMENTS = 2**24
 """Elements of the factors times draws of one pass."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogEvidence:
     """ln p(y) in nats. ``float(e)`` is the total."""
 
@@ -45,8 +48,19 @@ class LogEvidence:
     def __float__(self) -> float:
         return float(self.total.detach())
 
+    def __repr__(self) -> str:
+        return f"LogEvidence({float(self):.6g} nats; {self._data})"
 
-@dataclass(frozen=True)
+    @property
+    def _data(self) -> str:
+        """How many data there are, in words."""
+        if not self.data_plates:
+            return "the data set is one datum"
+        count, plates = len(self.per_datum), ", ".join(self.data_plates)
+        return f"{count:,} {'datum' if count == 1 else 'data'} of plate {plates}"
+
+
+@dataclass(frozen=True, repr=False)
 class Assignment:
     """The most probable values of all latents together."""
 
@@ -56,6 +70,36 @@ class Assignment:
     """max over z of ln p(z, y): 0-dim, in nats, summed over the data."""
     per_datum: Tensor
     """The same for each datum, (data,)."""
+
+    def __repr__(self) -> str:
+        shapes = _listed([f"{name} {tuple(v.shape)}" for name, v in self.values.items()])
+        return f"Assignment(ln p(z, y) = {float(self.log_joint):.6g} nats; {shapes})"
+
+
+@dataclass(frozen=True, repr=False)
+class Moments:
+    """Mean and covariance of a continuous latent given y."""
+
+    mean: Tensor
+    """E[u | y], (*plates, *event)."""
+    covariance: Tensor
+    """Cov[u | y], (*plates, *event, *event); the variance, (*plates), where u is a scalar."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each element, (*plates, *event)."""
+        plates = self.covariance.shape[: 2 * self.mean.dim() - self.covariance.dim()]
+        size = math.prod(self.mean.shape[len(plates) :])
+        square = self.covariance.reshape(*plates, size, size)
+        return square.diagonal(dim1=-2, dim2=-1).reshape(self.mean.shape)
+
+    @property
+    def std(self) -> Tensor:
+        """Of each element, (*plates, *event)."""
+        return self.variance.sqrt()
+
+    def __repr__(self) -> str:
+        return f"Moments(mean {tuple(self.mean.shape)}, covariance {tuple(self.covariance.shape)})"
 
 
 def log_evidence(
@@ -92,7 +136,9 @@ def posterior(
     r"""p(z | y) of every discrete latent, exactly, for these data; which may be new.
 
     Args:
-        model: a Pyro program whose latents are all discrete with finite support.
+        model: a Pyro program whose latents are all discrete with finite support. What a
+            HiddenMarkov or MixtureSameFamily sums out by itself is a latent too, under the name
+            ``"<site>_states"`` or ``"<site>_component"``; see :class:`ExactPosterior`.
         data, kwargs: its arguments.
         temperature: T of the distribution :math:`∝ p(z, y)^{1/T}`; 1 is the posterior, and T → 0
             tends to the most probable assignment.
@@ -102,159 +148,247 @@ def posterior(
     """
     with torch.no_grad():
         graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
-    if graph.enumerated is None:
-        _refuse_summed_latents(graph)
+        states, integrated = states_of(graph), integrated_of(graph)
+        if states or integrated:
+            return ExactPosterior(graph, states, integrated)
+    if any(kind_of(site["fn"]) == "DiscreteHMM" for site in graph.sites.values()):
         raise ProgramError(
-            "The model has no discrete latent, so that there is no posterior. Write "
-            "pyro.sample('z', dist.Categorical(weights)) without obs=; lvppl.log_evidence gives "
-            "ln p(y)."
+            "The states inside Pyro's DiscreteHMM have no posterior here. Use "
+            "lvppl.distributions.HiddenMarkov, whose first state emits: its docstring says which "
+            "initial logits make the two the same."
         )
-    return ExactPosterior(graph)
+    raise ProgramError(
+        "The model has no discrete latent, so that there is no posterior. Write "
+        "pyro.sample('z', dist.Categorical(weights)) without obs=; lvppl.log_evidence gives "
+        "ln p(y)."
+    )
 
 
 class ExactPosterior:
-    """p(z | y) of the enumerated latents: marginals, most probable values, draws.
+    """p(z | y), exactly: marginals, most probable values, moments, draws.
+
+    ===========================  ========================================================
+    latent                       its name, and the shape of its values
+    ===========================  ========================================================
+    a discrete site              the site's own; (*plates, *event)
+    path of a HiddenMarkov       ``"<site>_states"``; (*plates, T)
+    component of a               ``"<site>_component"``; (*plates), then what ``.to_event``
+    MixtureSameFamily            declared independent of a mixture of scalars
+    an integrated site           the site's own; (*plates, *event)
+    ===========================  ========================================================
+
+    Steps beyond the length of a sequence have state 0 and marginals of zero. Steps and elements
+    that are missing, or hidden by a mask, have the posterior that the rest gives them. Components
+    of a mixture inside a HiddenMarkov are summed out.
 
     Attributes:
-        sites: names of the latents.
+        sites: names of the latents with states.
+        integrated: names of the continuous latents, which have moments in place of marginals.
         log_evidence: ln p(y), see :class:`LogEvidence`.
     """
 
-    def __init__(self, graph: FactorGraph) -> None:
-        assert graph.enumerated is not None
+    sites: tuple[str, ...]
+    integrated: tuple[str, ...]
+    log_evidence: LogEvidence
+
+    def __init__(
+        self,
+        graph: FactorGraph,
+        states: Mapping[str, State | InnerState] | None = None,
+        integrated: Mapping[str, Integrated] | None = None,
+    ) -> None:
         self._graph = graph
-        self._enumerated = graph.enumerated
-        self.sites = tuple(n for n, s in graph.latents.items() if not isinstance(s["fn"], Nodes))
+        self._states = states_of(graph) if states is None else states
+        self._integrated = integrated_of(graph) if integrated is None else integrated
+        self.sites, self.integrated = tuple(self._states), tuple(self._integrated)
         # at once: a program that has no posterior is refused here, not at the first question
-        self.log_evidence, self._marginals = self._summed()
+        value, self._answers = self._solved(self._states)
+        self.log_evidence = _record(graph, value)
 
     def marginals(self, site: str) -> Tensor:
-        """p(z = k | y), (*plates, K), the states in the order of the site's support.
+        """p(z = k | y), (*shape of the values, K), the states in the order of the site's support.
 
-        For a mixture these are the responsibilities.
+        For a mixture these are the responsibilities; for a path, (*plates, T, K).
+
+        Raises:
+            ProgramError: the site has no states.
         """
-        return self._marginals[self._known(site)]
+        if site in self.integrated:
+            raise ProgramError(
+                f"latent '{site}' is continuous: it has no marginal probabilities of states. Its "
+                f"mean and covariance are moments('{site}')."
+            )
+        name = self._known(site)
+        return self._states[name].marginals(self._answers[name])
 
-    def _summed(self) -> tuple[LogEvidence, dict[str, Tensor]]:
-        queries = [self._enumerated.over_sites([site]) for site in self._latents]
-        value, answers = self._graph.solve(queries)
-        found = {n: a.movedim(0, -1) for n, a in zip(self.sites, answers, strict=True)}
-        return _record(self._graph, value), found
+    def moments(self, site: str) -> Moments:
+        r"""Mean and covariance of a continuous latent given y, its states averaged over.
+
+        .. math:: E[u|y] = \sum_z p(z|y)\, E[u|z, y], \qquad
+                  Cov[u|y] = \sum_z p(z|y) \big(Cov[u|z, y] + (E[u|z, y] - E[u|y])(...)^⊤\big)
+
+        For a factor analyser these are the factor scores.
+
+        Raises:
+            ProgramError: the site is not integrated, or depends on another one that is.
+        """
+        if site not in self.integrated:
+            self._known(site)
+            raise ProgramError(
+                f"latent '{site}' is discrete: moments are of latents that are integrated. The "
+                f"probabilities of its states are marginals('{site}')."
+            )
+        latent = self._integrated[site]
+        _, answers = self._solved({site: latent})
+        mean, covariance = latent.moments(answers[site])
+        event = latent.site["fn"].event_shape
+        plates = mean.shape[:-1]
+        return Moments(mean.reshape(plates + event), covariance.reshape(plates + event + event))
 
     def joint(self, *sites: str) -> Tensor:
         """p(z_a = i, z_b = j | y) of latents together, (*plates of all, K_a, K_b).
 
-        For neighbours in a chain these are the ξ of the Baum-Welch algorithm. The cost grows if
-        the sites share no factor.
+        For neighbours in a chain these are the ξ of the Baum-Welch algorithm; for all neighbours
+        in the path of a HiddenMarkov they are joint("<site>_states"), (*plates, T - 1, K, K),
+        zero beyond a sequence's length. The cost grows if the sites share no factor.
+
+        Raises:
+            ProgramError: for sites that are unknown, repeated, integrated or inside a distribution.
         """
+        if len(sites) == 1 and sites[0] in self.sites:
+            return self._states[sites[0]].neighbours(self._answers[sites[0]])
         if len(set(sites)) < 2 or len(set(sites)) < len(sites):
             raise ProgramError(f"joint needs two or more different sites, but got {sites}")
-        messages = [self._graph.latents[self._known(site)] for site in sites]
-        query = self._enumerated.over_sites(messages)
+        for site in map(self._known, sites):
+            if not isinstance(self._states[site], State):
+                raise ProgramError(
+                    f"'{site}' is inside the distribution of '{self._states[site].site['name']}': "
+                    "it has no joint with other sites. Draws of all latents together are sample()."
+                )
+        assert self._graph.enumerated is not None
+        query = self._graph.enumerated.over_sites([self._states[site].site for site in sites])
         _, (answer,) = self._graph.solve([query])
         order = range(len(sites))
         return answer.movedim(tuple(order), tuple(i - len(sites) for i in order))
 
     def map(self) -> Assignment:
-        """The most probable assignment of all latents together; ties go to the first state.
+        """The most probable assignment of all states together; ties go to the first state.
 
         It is the maximum of the joint, not of each marginal: for a chain, Viterbi's path.
+        Continuous latents are integrated, here too: a density's mode is that of its units.
+
+        Raises:
+            ProgramError: no latent has states.
         """
-        self._require_sites()
-        queries = [self._enumerated.over_sites([site]) for site in self._latents]
-        value, answers = self._graph.solve(queries, reduction=log_max)
-        values = {
-            name: self._support(name)[answer.argmax(0)]
-            for name, answer in zip(self.sites, answers, strict=True)
-        }
+        if not self.sites:
+            raise ProgramError(
+                "every latent of this program is integrated, so that there are no states to "
+                f"choose. posterior.moments('{self.integrated[0]}') has mean and covariance, and "
+                "posterior.sample(n) draws."
+            )
+        inner = {s.site["name"]: s for s in self._states.values() if isinstance(s, InnerState)}
+        graph = self._graph
+        if inner:
+            graph = graph.replaced({name: s.inside.log_max() for name, s in inner.items()})
+        value, answers = self._solved(self._states, log_max, graph=graph)
+        values = {name: s.best(answers[name]) for name, s in self._states.items()}
         return Assignment(values, value.sum() * self._graph.data_scale, value)
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
-        """Exact joint draws z ~ p(z | y), by site: (num_samples, *plates, *event).
+        """Exact joint draws of all latents given y, by site: (num_samples, *plates, *event).
 
         Args:
             num_samples: independent draws.
             seed: the same seed gives the same draws; the global generators are left alone.
+
+        Raises:
+            ProgramError: for a number of draws that is none; an integrated latent depends on
+                another one.
         """
-        self._require_sites()
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ProgramError(
                 f"num_samples must be a whole number of at least 1, not {num_samples!r}"
             )
-        elements = sum(factor.numel() for factor in self._enumerated.over_factors())
-        at_once = max(1, min(num_samples, _DRAW_ELEMENTS // max(elements, 1)))
+        at_once = max(1, min(num_samples, _DRAW_ELEMENTS // max(self._elements, 1)))
         parts = []
-        with seeded(seed):
+        with seeded(seed), torch.no_grad():
             for start in range(0, num_samples, at_once):
                 parts.append(self._drawn(min(at_once, num_samples - start)))
-        return {name: torch.cat([part[name] for part in parts]) for name in self.sites}
-
-    def _drawn(self, count: int) -> dict[str, Tensor]:
-        queries = [self._enumerated.over_sites([site], count) for site in self._latents]
-        _, answers = self._graph.solve(queries, reduction=log_sum_exp_sampled)
-        return {
-            name: self._support(name)[answer.argmax(1)]
-            for name, answer in zip(self.sites, answers, strict=True)
-        }
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def plates(self, site: str) -> tuple[str, ...]:
         """Names of the plates around a latent, left to right."""
-        return tuple(plate.name for plate in plates_of(self._graph.latents[self._known(site)]))
+        latent = self._latents.get(site) or self._states[self._known(site)]
+        return tuple(plate.name for plate in plates_of(latent.site))
+
+    def inside(self, site: str) -> str | None:
+        """The observed site whose distribution holds a latent, ``None`` for a latent site."""
+        latent = self._latents.get(site) or self._states[self._known(site)]
+        return latent.site["name"] if isinstance(latent, InnerState) else None
+
+    def __repr__(self) -> str:
+        states = [
+            f"{name} {tuple(shape[:-1])} of {shape[-1]} states"
+            for name, shape in ((name, self.marginals(name).shape) for name in self.sites)
+        ]
+        others = [f"{name} {self._shape(name)} integrated" for name in self.integrated]
+        evidence = f"ln p(y) = {float(self.log_evidence):.6g} nats; {self.log_evidence._data}"
+        return f"ExactPosterior({evidence}; {_listed([*states, *others])})"
 
     # ------------------------------------------------------------------------------------- details
 
     @property
-    def _latents(self) -> Sequence[Any]:
-        return [self._graph.latents[name] for name in self.sites]
+    def _latents(self) -> dict[str, Latent]:
+        return {**self._states, **self._integrated}
 
-    def _require_sites(self) -> None:
-        if not self.sites:
-            raise ProgramError(
-                "every latent of this program is integrated, not enumerated, so that there are no "
-                "states to choose or to draw. log_evidence has ln p(y), and fit.reconstruct(y) the "
-                "mean of y given the posterior."
-            )
+    def _solved(
+        self,
+        latents: Mapping[str, Latent],
+        reduction: Reduction = log_sum_exp,
+        *,
+        graph: FactorGraph | None = None,
+        num_draws: int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The value of the contraction, and what it answers to each latent that asks."""
+        asked = {name: latent.query(num_draws) for name, latent in latents.items()}
+        queries = {name: query for name, query in asked.items() if query is not None}
+        value, found = (graph or self._graph).solve([*queries.values()], reduction=reduction)
+        answers = dict(zip(queries, found, strict=True))
+        return value, {name: answers.get(name) for name in latents}
+
+    def _drawn(self, count: int) -> dict[str, Tensor]:
+        latents = self._latents
+        _, answers = self._solved(latents, log_sum_exp_sampled, num_draws=count)
+        return {name: latent.drawn(answers[name], count) for name, latent in latents.items()}
+
+    @property
+    def _elements(self) -> int:
+        """Of the tables that one draw needs."""
+        enumerated = self._graph.enumerated
+        factors = () if enumerated is None else enumerated.over_factors()
+        inner = sum(state.elements for state in self._states.values())
+        return sum(factor.numel() for factor in factors) + inner
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        site = self._integrated[name].site
+        return (*(plate.size for plate in plates_of(site)), *site["fn"].event_shape)
 
     def _known(self, site: str) -> str:
         if site not in self.sites:
-            raise ProgramError(f"no enumerated latent {site!r}; there are {sorted(self.sites)}")
+            known = sorted([*self.sites, *self.integrated])
+            raise ProgramError(f"no latent {site!r} with states; there are {known}")
         return site
 
-    def _support(self, name: str) -> Tensor:
-        """The values of a site, (K, *event)."""
-        fn = self._graph.latents[name]["fn"]
-        values: Tensor = fn.enumerate_support(expand=False)
-        return values.reshape(values.shape[:1] + fn.event_shape)
 
-    def __repr__(self) -> str:
-        sites = ", ".join(f"{n} {tuple(self.marginals(n).shape)}" for n in self.sites)
-        return f"ExactPosterior({sites}; ln p(y) = {float(self.log_evidence):.6g} nats)"
+def _listed(items: Sequence[str], most: int = 5) -> str:
+    """The first of some items, and how many there are."""
+    shown = "; ".join(items[:most])
+    return shown if len(items) <= most else f"{shown}; ... ({len(items)} sites)"
 
 
 def _record(graph: FactorGraph, value: Tensor) -> LogEvidence:
     plates = tuple(plate.name for plate in graph.run.layout.data_plates)
     return LogEvidence(value, value.sum() * graph.data_scale, plates)
-
-
-def _refuse_summed_latents(graph: FactorGraph) -> None:
-    for name, site in graph.sites.items():
-        kind = kind_of(site["fn"])
-        if kind == "HiddenMarkov":
-            remedy = (
-                "Ask the distribution itself, HiddenMarkov(...).posterior(y) or .viterbi(y), or "
-                "write the chain with pyro.markov and a pyro.sample for each state."
-            )
-        elif kind == "MixtureSameFamily":
-            remedy = (
-                "Write z = pyro.sample('z', dist.Categorical(weights)) and the component that z "
-                "chooses."
-            )
-        else:
-            continue
-        raise ProgramError(
-            f"The latents of site '{name}' are inside its {kind}, which sums them out by itself: "
-            f"lvppl.log_evidence is exact, but no latent site is left to have a posterior. {remedy}"
-        )
 
 
 def _positive(temperature: float) -> float:

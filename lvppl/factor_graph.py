@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -13,11 +14,21 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvppl.conjugate import Nodes
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
+from lvppl.marginalised import has_inner_latents, tracked
 from lvppl.observations import explain_observations, require_own_values, require_plates
-from lvppl.packed import Reduction, log_max, log_sum_exp
+from lvppl.packed import (
+    Reduction,
+    dims_of,
+    log_max,
+    log_sum_exp,
+    named,
+    product,
+    sum_out,
+)
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, is_masked, kind_of, plates_of
 
@@ -40,6 +51,8 @@ def graph_of(
 ) -> FactorGraph:
     """Run ``model`` once with every discrete latent enumerated, and refuse what has no exact sum.
 
+    At a temperature other than 1, latents that a distribution sums out by itself have it too.
+
     Raises:
         ProgramError: a latent is continuous or has no finite support, a table would be too large,
             the program cannot run under enumeration, or its plates do not nest.
@@ -47,9 +60,16 @@ def graph_of(
     if not callable(model) or isinstance(model, type):
         raise ProgramError(f"model must be a Pyro program (a callable), not {model!r}")
     program = enumerating(model)
+
+    def density(site: Any) -> Tensor | None:
+        if temperature == 1.0 or not has_inner_latents(site["fn"]):
+            return None
+        return tracked(site["fn"], site["value"], hard=False, temperature=temperature)
+
+    options: dict[str, Any] = {"temperature": temperature, "guarded": True, "density": density}
     with explained_run(program, args, kwargs):
         layout = layout_of(program, None, args, kwargs)
-        graph = FactorGraph(program, args, kwargs, layout, temperature=temperature, guarded=True)
+        graph = FactorGraph(program, args, kwargs, layout, **options)
     graph.require_affordable()
     return graph
 
@@ -91,13 +111,39 @@ class FactorGraph:
         if guarded and any(_elements(site) > MOST_ELEMENTS for site in self.sites.values()):
             raise TooLarge
         _refuse_continuous(self.sites)
+        self.temperature = temperature
         for site in self.sites.values():
             replaced = None if density is None else density(site)
             if replaced is not None:
-                whole = self.run.full(replaced, site)
-                site["lvppl_log_prob"] = scale_and_mask(whole, 1.0, site["mask"])
+                self._replace(site, replaced)
         self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
         self.enumerated = self._enumerated(temperature)
+
+    def _replace(self, site: Any, log_prob: Tensor) -> None:
+        whole = self.run.full(log_prob, site)
+        site["lvppl_log_prob"] = scale_and_mask(whole, 1.0, site["mask"])
+
+    def replaced(self, log_probs: Mapping[str, Tensor]) -> FactorGraph:
+        """The same run with other log-probabilities for some sites, batch-shaped, by site."""
+        other = copy.copy(self)
+        other.run = copy.copy(self.run)
+        other.sites = {name: dict(site) for name, site in self.sites.items()}
+        other.run.model_sites = other.sites
+        for name, log_prob in log_probs.items():
+            other._replace(other.sites[name], log_prob)
+        other.latents = {name: other.sites[name] for name in self.latents}
+        other.enumerated = other._enumerated(self.temperature)
+        return other
+
+    @property
+    def states(self) -> dict[str, Any]:
+        """The latents that are summed out: discrete."""
+        return {n: s for n, s in self.latents.items() if not isinstance(s["fn"], Nodes)}
+
+    @property
+    def integrated(self) -> dict[str, Any]:
+        """The latents that are integrated: continuous."""
+        return {n: s for n, s in self.latents.items() if isinstance(s["fn"], Nodes)}
 
     def _enumerated(self, temperature: float, padding: float | None = None) -> Enumerated | None:
         """The factors that hold enumerated variables.
@@ -152,11 +198,18 @@ class FactorGraph:
         return self.run._sum(terms)
 
     def log_evidence(self) -> Tensor:
-        """ln p(y), (data,), differentiable; at a temperature T, T ln Σ p(z, y)^(1/T)."""
-        apart = self.apart()
-        if self.enumerated is None:
-            return apart[0]
-        return (apart + self.enumerated.log_evidence(self.shape))[0]
+        """ln p(y), (data,), differentiable; at a temperature T, T ln Σ p(z, y)^(1/T).
+
+        Raises:
+            ProgramError: a latent is integrated whose integral is not to be trusted.
+        """
+        value = self.apart()
+        if self.enumerated is not None:
+            value = value + self.enumerated.log_evidence(self.shape)
+        value = value[0]
+        if self.integrated and bool(value.detach().isnan().any()):
+            raise ProgramError(self._untrusted(value))
+        return value
 
     def solve(
         self,
@@ -168,21 +221,115 @@ class FactorGraph:
         """The value of the contraction, (data,), and the answers to the queries.
 
         Raises:
-            ProgramError: a datum has probability zero: there is no posterior.
+            ProgramError: a datum has probability zero: there is no posterior; or as
+                ``log_evidence``.
         """
-        inside, answers = self.under(reduction).solve(
-            queries, self.shape, reduction=reduction, differentiable=differentiable
-        )
-        value = (self.apart() + inside)[0]
+        value, answers = self.apart(), list[Tensor]()
+        if self.enumerated is not None:
+            inside, answers = self.under(reduction).solve(
+                queries, self.shape, reduction=reduction, differentiable=differentiable
+            )
+            value = value + inside
+        value = value[0]
         possible = value.isfinite()
         if not bool(possible.all()):
             first = int((~possible).nonzero()[0])
+            if self.integrated and bool(value[first].isnan()):
+                raise ProgramError(self._untrusted(value))
             raise ProgramError(
                 f"datum {first} has ln p(y) = {float(value[first].detach())} under the model: no "
                 "value of its latents explains it, so that there is no posterior. Look for "
                 "parameters that are exactly 0 or 1, and for data outside the support."
             )
         return value, answers
+
+    # ----------------------------------------------------------------------- integrated latents
+
+    def given(self, name: str) -> Given:
+        """The density of an integrated latent, given the states that it depends on.
+
+        Raises:
+            ProgramError: it depends on a latent that is no such state.
+        """
+        assert self.enumerated is not None
+        symbol, plates = self._symbols(name)
+        factors = [f for f in self.enumerated.over_factors() if symbol in dims_of(f)]
+        others = self._coupled(name)
+        if others:
+            raise ProgramError(
+                f"Given the data, the integrated latent '{name}' depends on '{others[0]}', so that "
+                "it has no density of its own. Write Gaussian latents as one vector, "
+                "dist.MultivariateNormal(...) or dist.Normal(...).to_event(1)."
+            )
+        within = set(plates) | self.enumerated.eliminate
+        table = product([sum_out(f, set(dims_of(f)) - within) for f in factors])
+        states = {n: self._symbols(n)[0] for n in self.states}
+        kept = [n for n, state in states.items() if state in dims_of(table)]
+        dims = "".join([*(states[n] for n in kept), *(p for p in plates if p in dims_of(table))])
+        order = [dims_of(table).index(s) for s in dims + symbol]
+        return Given(len(kept), named(table.permute(order), dims + symbol))
+
+    def _symbols(self, name: str) -> tuple[str, str]:
+        """Of a latent itself, and of its plates left to right."""
+        assert self.enumerated is not None
+        dims = dims_of(self.enumerated.over_sites([self.latents[name]]))
+        return dims[0], dims[1:]
+
+    def _coupled(self, name: str) -> list[str]:
+        """Latents that leave an integrated one no density of its own, given the states around it.
+
+        They meet it in a factor, and are integrated too or summed out in a plate inside its own.
+        """
+        assert self.enumerated is not None
+        own, plates = self._symbols(name)
+        scopes = [dims_of(f) for f in self.enumerated.over_factors() if own in dims_of(f)]
+        met = {symbol for scope in scopes for symbol in scope} - {own}
+        around = {n: self._symbols(n) for n in self.latents}
+        inner = [n for n in self.states if not set(around[n][1]) <= set(plates)]
+        return [n for n in [*self.integrated, *inner] if around[n][0] in met]
+
+    def _untrusted(self, value: Tensor) -> str:
+        """Why an integral is NaN."""
+        assert self.enumerated is not None
+        remedy = "Give it a guide: lvppl.EM(model, guide), or lvppl.SVI."
+        for name, site in self.integrated.items():
+            if not self.enumerated.defect(name) < site["fn"].tolerance:
+                return (
+                    f"Latent '{name}' ({kind_of(site['fn'].base_dist)}) is integrated, but its "
+                    f"terms of ln p are not those of a {site['fn'].kind.capitalize()} at these "
+                    f"data and parameters. {remedy}"
+                )
+            for other in self._coupled(name):
+                return (
+                    f"Latent '{name}' is integrated and depends on '{other}' given the data. Its "
+                    f"integral is known at each value of '{other}', but for both together either "
+                    f"none is known or the data are too far out. {remedy}"
+                )
+        first = int(value.isnan().nonzero()[0])
+        names = ", ".join(f"'{name}'" for name in self.integrated)
+        return (
+            f"datum {first} is so far from what is expected of it that rounding may move its "
+            f"ln p(y) by more than a millionth: the integral over {names} cannot be trusted there. "
+            "Centre and scale the data, leave the datum out, or start from parameters (a mean, a "
+            "scale) that are nearer to it."
+        )
+
+
+class Given(NamedTuple):
+    """The log-density of an integrated latent at its nodes, given states of other latents."""
+
+    num_states: int
+    """How many latents it depends on."""
+    table: Tensor
+    """Packed: those latents, then the plates, then the nodes."""
+
+    def query(self, num_draws: int | None, draws: str) -> Tensor:
+        """A query for the posterior of those latents in each element of the plates."""
+        over = self.table[..., 0]
+        dims = dims_of(self.table)[:-1]
+        if num_draws is None:
+            return named(over, dims)
+        return named(over.expand(num_draws, *over.shape), draws + dims)
 
 
 def _elements(site: Any) -> int:

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform
 
 from lvppl.errors import ProgramError
+from lvppl.observations import require_number_each
 from lvppl.tracing import Message, is_enumerated, is_point, kind_of, plates_of, support_of
 
 __all__ = ["check_same_space", "check_same_subsamples", "check_site", "refuse_mismatch"]
@@ -107,6 +108,8 @@ def check_site(program: str, site: Message) -> None:
             f"{kind_of(site['fn'])} cannot be enumerated: its support is not finite. Take the mark "
             "away, and draw the site in a guide."
         )
+    if site["is_observed"]:
+        require_number_each(site)
     plates = {plate.dim: plate for plate in plates_of(site)}
     shape = tuple(site["fn"].batch_shape)
     for dim in range(-len(shape), 0):

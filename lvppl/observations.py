@@ -10,10 +10,17 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
+from lvppl import remedies
 from lvppl.errors import ProgramError
 from lvppl.tracing import kind_of, plates_of, sample_sites, support_of, trace_pair, undisturbed
 
-__all__ = ["explain_observations", "require_own_values", "require_plates"]
+__all__ = [
+    "explain_observations",
+    "require_number_each",
+    "require_own_values",
+    "require_plates",
+    "require_tensor",
+]
 
 Program = Callable[..., Any]
 
@@ -62,6 +69,32 @@ def require_plates(site: Any) -> None:
             )
 
 
+def require_tensor(site: Any) -> None:
+    """Refuse arrays and tables.
+
+    Raises:
+        ProgramError: with the code that makes a tensor of one.
+    """
+    if not isinstance(site["value"], Tensor):
+        what, code = remedies.as_tensor(site["value"])
+        raise ProgramError(f"Site '{site['name']}' observes a {what}, not a tensor: write {code}.")
+
+
+def require_number_each(site: Any) -> None:
+    """Refuse rows where the plate takes a number for each datum.
+
+    Raises:
+        ProgramError: by shape, with what to write.
+    """
+    value, fn = site["value"], site["fn"]
+    sizes = {plate.dim: plate.size for plate in plates_of(site)}
+    if remedy := remedies.of_shape(value, fn.event_dim, sizes):
+        raise ProgramError(
+            f"Site '{site['name']}' observes values of shape {tuple(value.shape)}, whose last "
+            f"dimension belongs to no plate and to no event of its {kind_of(fn)}. {remedy}"
+        )
+
+
 def require_own_values(site: Any) -> None:
     """Refuse one value that a plate would repeat: it would count as so many data.
 
@@ -69,11 +102,7 @@ def require_own_values(site: Any) -> None:
         ProgramError: by shape and plate.
     """
     value, event_dim = site["value"], site["fn"].event_dim
-    if not isinstance(value, Tensor):
-        raise ProgramError(
-            f"Site '{site['name']}' observes a {type(value).__name__}, not a tensor: wrap it with "
-            "torch.as_tensor."
-        )
+    require_tensor(site)
     shape = tuple(value.shape[: max(value.dim() - event_dim, 0)])
     for plate in plates_of(site):
         size = shape[plate.dim] if len(shape) >= -plate.dim else 1
@@ -89,11 +118,7 @@ def require_own_values(site: Any) -> None:
 def _explain(site: Any) -> None:
     name, fn, value = site["name"], site["fn"], site["value"]
     kind = kind_of(fn)
-    if not isinstance(value, Tensor):
-        raise ProgramError(
-            f"Site '{name}' observes a {type(value).__name__}, not a tensor: wrap it with "
-            "torch.as_tensor."
-        )
+    require_tensor(site)
     try:
         fn.log_prob(value)
         return

@@ -16,6 +16,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lvppl import remedies
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.seeding import Generators
 
@@ -151,6 +152,8 @@ def traced(name: str, program: Program, args: Any, kwargs: Any) -> poutine.Trace
         what = _SHAPES.split(str(e))[0] or "no message"
         if "dtype" in what.splitlines()[0]:  # not of a tensor that it prints
             what += " (data and parameters share one dtype: data.float(), or modules.double())"
+        if remedy := remedies.of_failure(e):
+            what = f"{what.rstrip('.')}. {remedy}"
         raise ProgramFailure(f"The {name} fails {after}: {type(e).__name__}: {what}") from e
 
 

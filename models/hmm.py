@@ -6,9 +6,10 @@ r"""Hidden Markov models: the path of the states is summed out exactly, in two s
     z_t | z_{t-1} ∼ \operatorname{Categorical}(A_{z_{t-1}}), \qquad
     y_t | z_t = k ∼ \text{component } k
 
-:class:`HiddenMarkovLoop` writes this line by line and enumerates each state, so that states have
-posteriors of their own; :class:`HiddenMarkovModel` is one distribution over whole sequences, which
-sums the path out at once. The parameters and the evidence are the same:
+:class:`HiddenMarkovLoop` writes this line by line and enumerates each state, a latent site of its
+own, ``"z_0"`` and so on; :class:`HiddenMarkovModel` is one distribution over whole sequences, which
+sums the path out at once, and is faster: the posterior of its path is that of ``"y_states"``. The
+parameters and the evidence are the same:
 
 >>> model = HiddenMarkovModel(GaussianComponents.from_data(y, 3, covariance="diag"))
 >>> loop = HiddenMarkovLoop(model.emission)
@@ -55,7 +56,7 @@ class _HiddenMarkov(PyroModule):
         if y.dim() != 2 + len(event) or tuple(y.shape[2:]) != event:
             raise ValueError(
                 f"y must have shape (sequences, steps{''.join(f', {n}' for n in event)}), "
-                f"but has shape {tuple(y.shape)}."
+                f"but has shape {tuple(y.shape)}.{self._hint(tuple(y.shape), event)}"
             )
         for name, tensor, shape in (("lengths", lengths, y.shape[:1]), ("mask", mask, y.shape[:2])):
             if tensor is not None and tensor.shape != shape:
@@ -63,6 +64,17 @@ class _HiddenMarkov(PyroModule):
                     f"{name} must have shape {tuple(shape)}, as y has {tuple(y.shape)}, "
                     f"but has shape {tuple(tensor.shape)}."
                 )
+
+    @staticmethod
+    def _hint(shape: tuple[int, ...], event: tuple[int, ...]) -> str:
+        """What makes one sequence, or features of length one, of it."""
+        if len(shape) == 1 + len(event) and shape[1:] == event:
+            return " One sequence is y[None]."
+        if event == (1,) and len(shape) == 1:
+            return " One sequence of numbers is y[None, :, None]."
+        if event == (1,) and len(shape) == 2:
+            return " Sequences of numbers are y[:, :, None]."
+        return ""
 
     def _distribution(
         self, y: Tensor, lengths: Tensor | None, mask: Tensor | None
@@ -87,7 +99,10 @@ class _HiddenMarkov(PyroModule):
 class HiddenMarkovModel(_HiddenMarkov):
     """A hidden Markov model as one distribution over whole sequences: the path is summed out.
 
-    Called as ``model(y, lengths=None, mask=None)`` for y of shape (sequences, steps, …).
+    Called as ``model(y, lengths=None, mask=None)`` for y of shape (sequences, steps, …). With
+    ``posterior = lvppl.posterior(model, y)``, or that of a fit by :class:`lvppl.EM`,
+    ``posterior.marginals("y_states")`` is p(z_t | y), (sequences, steps, K), and
+    ``posterior.map().values["y_states"]`` Viterbi's path, (sequences, steps).
 
     :param emission: one component for each of the K states, such as
         ``GaussianComponents(K, D, covariance="diag")``.

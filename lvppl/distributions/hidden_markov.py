@@ -145,6 +145,20 @@ class HiddenMarkov(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
+    def with_steps(self, num_steps: int) -> HiddenMarkov:
+        """The same chain over sequences of ``num_steps`` steps, which can be drawn.
+
+        :raises ProgramError: the arguments say another number of steps.
+        """
+        if self.num_steps not in (None, num_steps):
+            raise ProgramError(
+                f"this HiddenMarkov has {self.num_steps} steps by its arguments, not {num_steps}."
+            )
+        new = self.expand(self.batch_shape)
+        new.num_steps = num_steps
+        new._event_shape = torch.Size((num_steps, *self.observation_dist.event_shape))
+        return new
+
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), sample and batch shape, in nats."""
         if not torch.is_grad_enabled():
@@ -192,8 +206,9 @@ class HiddenMarkov(TorchDistribution):
         """Sequences of T steps; beyond a sequence's length they are zero."""
         if self.num_steps is None:
             raise ProgramError(
-                "HiddenMarkov does not know how many steps to draw: pass num_steps=..., as no "
-                "other argument says it."
+                "HiddenMarkov does not know how many steps to draw, as no argument says it: write "
+                "HiddenMarkov(..., num_steps=y.shape[1]) for data (sequences, steps, ...), or call "
+                ".with_steps(T)."
             )
         sample_shape, T, K = torch.Size(sample_shape), self.num_steps, self._num_states
         flat = self.initial_logits.new_zeros(*self.batch_shape, T, K)

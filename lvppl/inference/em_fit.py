@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
+from pyro.distributions import Independent, MaskedDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch import distributions as td
 
 from lvppl.conjugate import ConjugateLatents
-from lvppl.errors import ProgramError
+from lvppl.distributions import HiddenMarkov
+from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.fit import Fit, History
 from lvppl.inference.m_step import MStepTable
 from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.missing import MissingValues
 from lvppl.inference.state import FitState
+from lvppl.tracing import plates_of, sample_sites, traced, undisturbed
 
 if TYPE_CHECKING:
     from lvppl.evidence import ExactPosterior, LogEvidence
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Prior
 
-__all__ = ["EMFit", "EMHistory", "Restart"]
+__all__ = ["EMFit", "EMHistory", "Restart", "StepsOfData"]
 
 
 class EMHistory(History):
@@ -127,12 +134,28 @@ class EMFit(Fit):
         shared = self.settings.get("map_latents", ())
         local = self.settings.get("integrated_latents", ())
         model = MissingValues()(self.model) if self.settings.get("missing") else self.model
-        return MapLatents(shared)(ConjugateLatents(local)(model))
+        return MapLatents(shared)(ConjugateLatents(local)(StepsOfData()(model)))
+
+    @contextmanager
+    def _running(
+        self, data: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The program with the fit's parameters in place, and the data on their device."""
+        with self._inside(data) as inside:
+            shared = self.settings.get("map_latents", ())
+            if shared:
+                _require_same_elements(self.model, shared, self.params, inside, kwargs)
+            yield self._program(), inside
 
     def posterior(self, *data: Any, temperature: float = 1.0, **kwargs: Any) -> ExactPosterior:  # type: ignore[override]
         """The exact posterior of the latents for these data, which may be new.
 
-        See :func:`lvppl.posterior`. Draws are ``fit.posterior(y).sample(100, seed=0)``.
+        See :class:`lvppl.ExactPosterior` for what it can be asked, and for the names of latents
+        inside a HiddenMarkov (``"<site>_states"``) or a MixtureSameFamily (``"<site>_component"``).
+        Draws are ``fit.posterior(y).sample(100, seed=0)``.
+
+        :raises ProgramError: as :func:`lvppl.posterior`; a latent that was maximised (MAP) has
+            other elements in these data than in those of the fit.
         """
         from lvppl.evidence import posterior
 
@@ -142,15 +165,15 @@ class EMFit(Fit):
                 f"the posterior of an EM fit is exact and takes no {' or '.join(sampling)}. Draws "
                 "are fit.posterior(y).sample(num_samples, seed=seed)."
             )
-        with self._inside(data) as inside:
-            return posterior(self._program(), *inside, temperature=temperature, **kwargs)
+        with self._running(data, kwargs) as (program, inside):
+            return posterior(program, *inside, temperature=temperature, **kwargs)
 
     def log_evidence(self, *data: Any, **kwargs: Any) -> LogEvidence:
         """ln p(y) of these data at the fit's parameters; see :func:`lvppl.log_evidence`."""
         from lvppl.evidence import log_evidence
 
-        with self._inside(data) as inside, torch.no_grad():
-            return log_evidence(self._program(), *inside, **kwargs)
+        with self._running(data, kwargs) as (program, inside), torch.no_grad():
+            return log_evidence(program, *inside, **kwargs)
 
     def reconstruct(
         self,
@@ -167,24 +190,24 @@ class EMFit(Fit):
         from lvppl.factor_graph import enumerating
         from lvppl.inference.posterior import reconstruct
 
-        with self._inside(data) as inside:
-            program = enumerating(self._program())
-            return reconstruct(program, None, *inside, batch_size=batch_size, **kwargs)
+        with self._running(data, kwargs) as (program, inside):
+            return reconstruct(enumerating(program), None, *inside, batch_size=batch_size, **kwargs)
 
     def sample(
         self, *data: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any
     ) -> Prior:
         """New latents and data at the fit's parameters; see :meth:`Fit.sample`.
 
-        Latents that were maximised (MAP) keep their values.
+        Latents that were maximised (MAP) keep their values. Sequences of a HiddenMarkov that does
+        not say how long they are get the length of the data.
         """
         from lvppl.inference.posterior import sample_prior
 
         if not data and self.prototype is not None:
             data, kwargs = self.prototype[0], {**self.prototype[1], **kwargs}
-        with self._inside(data) as inside:
+        with self._running(data, kwargs) as (program, inside):
             options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, **kwargs}
-            return sample_prior(self._program(), *inside, **options)
+            return sample_prior(program, *inside, **options)
 
     def log_likelihood(self, *data: Any, **options: Any) -> LikelihoodEstimate:  # type: ignore[override]
         raise ProgramError(
@@ -211,3 +234,59 @@ class EMFit(Fit):
             )
         table = repr(self.m_step).replace("\n", "\n  ")
         return "\n".join([*lines, "", f"  {table}"])
+
+
+# ------------------------------------------------------------------------- the program on new data
+
+
+class StepsOfData(Messenger):
+    """A HiddenMarkov that says no number of steps has that of its data: it can then be drawn."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["fn"] = _with_steps(msg["fn"], msg["value"])
+
+
+def _with_steps(fn: Any, value: Tensor) -> Any:
+    if isinstance(fn, HiddenMarkov) and fn.num_steps is None:
+        step = value.dim() - len(fn.event_shape)
+        return fn if step < 0 else fn.with_steps(value.shape[step])
+    if isinstance(fn, MaskedDistribution):
+        inner = _with_steps(fn.base_dist, value)
+        return fn if inner is fn.base_dist else MaskedDistribution(inner, fn._mask)
+    if isinstance(fn, td.Independent):
+        inner = _with_steps(fn.base_dist, value)
+        return fn if inner is fn.base_dist else Independent(inner, fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def _require_same_elements(
+    model: Callable[..., Any],
+    names: Sequence[str],
+    params: Mapping[str, Tensor],
+    data: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuse data in which a latent that was maximised has more or fewer elements than in the fit.
+
+    Raises:
+        ProgramError: by latent and plate.
+    """
+    try:
+        with undisturbed(), poutine.block():
+            sites = sample_sites(traced("model", model, data, kwargs))
+    except ProgramFailure:
+        return  # the run that is wanted says it better
+    for site in sites:
+        name, shape = site["name"], tuple(site["value"].shape)
+        if name not in names or shape == tuple(params[name].shape):
+            continue
+        known = tuple(params[name].shape)
+        plates = [f"'{plate.name}' (now {plate.size})" for plate in plates_of(site)]
+        where = f" in plate {', '.join(plates)}" if plates else ""
+        raise ProgramError(
+            f"Latent '{name}' was maximised: the fit has values of shape {known} for it, but these "
+            f"data ask for {shape}{where}. What was found for some elements says nothing of "
+            "others: pass data of the elements of the fit, all of them and in their order, or fit "
+            "again with the new ones among the data."
+        )

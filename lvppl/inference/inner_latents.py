@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from lvppl.chains import chain_log_sum, forward_backward, viterbi
+from lvppl.chains import forward_backward, viterbi
 from lvppl.distributions import HiddenMarkov
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
+from lvppl.marginalised import has_inner_latents, mixture_terms, tracked
 
 __all__ = [
     "assigned",
@@ -35,12 +36,6 @@ __all__ = [
     "tracked",
     "vectors_inside",
 ]
-
-
-def has_inner_latents(fn: Any) -> bool:
-    while isinstance(fn, td.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, HiddenMarkov | td.MixtureSameFamily)
 
 
 def structure(term: Weighted) -> list[Weighted]:
@@ -54,27 +49,6 @@ def structure(term: Weighted) -> list[Weighted]:
         parts = _mixture_parts(term.name, peeled.base, peeled.value)
     inner = [Weighted(name, fn, value, one) for name, fn, value in parts]
     return [leaf for part in inner for leaf in structure(part)]
-
-
-def tracked(fn: Any, value: Tensor, *, hard: bool, temperature: float) -> Tensor:
-    """What an E-step of this kind makes of a site, batch-shaped, in place of ln p(y).
-
-    For hard assignments the largest term of the sum over the latents inside; at a temperature
-    T ln Σ exp(./T). Components of a mixture inside a chain are summed softly all the same.
-    """
-    if isinstance(fn, td.Independent):
-        inner = tracked(fn.base_dist, value, hard=hard, temperature=temperature)
-        return inner.sum(list(range(-fn.reinterpreted_batch_ndims, 0)))
-    if isinstance(fn, dist.MaskedDistribution):
-        inner = tracked(fn.base_dist, value, hard=hard, temperature=temperature)
-        return torch.where(torch.as_tensor(fn._mask), inner, torch.zeros_like(inner))
-    if isinstance(fn, HiddenMarkov):
-        if hard:
-            return viterbi(*fn.log_factors(value), lengths=fn.lengths)[1]
-        factors = [factor / temperature for factor in fn.log_factors(value)]
-        return temperature * chain_log_sum(*factors, lengths=fn.lengths)
-    logs = _mixture_terms(fn, value)
-    return logs.amax(-1) if hard else temperature * (logs / temperature).logsumexp(-1)
 
 
 def opened(term: Weighted, *, hard: bool, temperature: float) -> list[Weighted]:
@@ -224,13 +198,6 @@ def _mixture_parts(name: str, fn: td.MixtureSameFamily, value: Tensor) -> list[P
     ]
 
 
-def _mixture_terms(fn: td.MixtureSameFamily, value: Tensor) -> Tensor:
-    """ln p(component) + ln p(y | component), (..., components)."""
-    inner = value.unsqueeze(-1 - len(fn.event_shape))
-    logs: Tensor = fn.mixture_distribution.logits + fn.component_distribution.log_prob(inner)
-    return logs
-
-
 def _open_mixture(
     name: str,
     fn: td.MixtureSameFamily,
@@ -240,7 +207,7 @@ def _open_mixture(
     temperature: float,
 ) -> list[Weighted]:
     with torch.no_grad():
-        logs = _mixture_terms(fn, value)
+        logs = mixture_terms(fn, value)
         if hard:
             r = torch.nn.functional.one_hot(logs.argmax(-1), logs.shape[-1]).to(logs)
         else:

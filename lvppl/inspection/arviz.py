@@ -69,10 +69,11 @@ def to_arviz(
       conditional on the local draws.
 
     A fit by :class:`lvppl.EM` has exact draws of its latents as its posterior, and what has no
-    draws without chain and draw: ``log_likelihood`` is ln p(y_n) of each datum, latents summed out;
-    group ``responsibilities`` holds the posterior marginals, ``<site>_responsibilities``, (plates,
-    ``<site>_state``); ``parameters`` the point estimates; ``restarts`` the objective, status and
-    parameters of each start along the dimension ``restart``: starts are no chains.
+    draws without chain and draw: ``log_evidence`` is ln p(y_n) of each datum, latents summed out
+    (LOO has no meaning at point estimates); group ``responsibilities`` holds the posterior
+    marginals, ``<site>_responsibilities``, (plates, ``<site>_state``); ``parameters`` the point
+    estimates; ``restarts`` the objective, status and parameters of each start along the dimension
+    ``restart``: starts are no chains.
 
     Args:
         fit: a fit; its ``model``, ``guide`` and parameters are used.

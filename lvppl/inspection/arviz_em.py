@@ -3,6 +3,10 @@ r"""An EM fit as ArviZ sees it: exact draws of the latents at point parameters.
 Nothing here is a sample of parameters. What has draws are the latents, z ~ p(z | y), which are
 independent and exact; their marginals, ln p(y) and the parameters are numbers without draws, and
 restarts are starts of an optimiser, not chains.
+
+ln p(y_n) is in the group ``log_evidence``: ArviZ's ``log_likelihood`` has a value for each draw of
+the parameters, which ``az.loo`` and ``az.waic`` average. There are no such draws, so that there is
+no such group, and both say so.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.evidence import ExactPosterior, log_evidence
+from lvppl.evidence import ExactPosterior
 from lvppl.factor_graph import graph_of
-from lvppl.inference.em_fit import EMFit
+from lvppl.inference.em_fit import EMFit, StepsOfData
 from lvppl.inference.posterior import PASS_ELEMENTS, complete, observed_values
-from lvppl.inspection.export import Export, attributes_of, inside, plain
+from lvppl.inspection.export import Export, attributes_of, plain
 from lvppl.layout import layout_of
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
@@ -54,27 +58,19 @@ def em_to_arviz(
         )
     seed = checked_seed(seed)
     export = Export(coords or {})
-    program = fit._program()
-    with inside(fit, data) as data, torch.no_grad():
-        graph = graph_of(program, data, kwargs)
-        exact = None if graph.enumerated is None else ExactPosterior(graph)
-        sites = () if exact is None else exact.sites
-        drawn = {} if exact is None or not sites else exact.sample(num_samples, seed=seed)
-        undrawn = _undrawn(fit, sites)
+    with fit._running(data, kwargs) as (program, data), torch.no_grad():
+        exact = ExactPosterior(graph_of(program, data, kwargs))
+        drawn, undrawn = _drawn(exact, num_samples, seed)
         # without all latents drawn, one run tells what is observed, and no more
         replayed = _Replayed.of(program, data, kwargs, {} if undrawn else drawn, seed)
         notes = [*replayed.notes, *undrawn]
-        if exact is not None:
-            _add_latents(export, exact, drawn)
-        evidence = (
-            exact.log_evidence if exact is not None else log_evidence(program, *data, **kwargs)
-        )
-        per_datum = evidence.per_datum.reshape(replayed.log_joint.shape[1:])
-        _add_likelihood(export, replayed, per_datum)
+        _add_latents(export, exact, drawn)
+        per_datum = exact.log_evidence.per_datum.reshape(replayed.log_joint.shape[1:])
+        _add_evidence(export, replayed, per_datum)
         if not undrawn:
             _add_replayed(export, replayed, per_datum)
         if prior and not replayed.factors:
-            export.prior(fit.model, data, kwargs, num_samples, seed)
+            export.prior(StepsOfData()(fit.model), data, kwargs, num_samples, seed)
         elif prior:
             why = f"no prior groups: pyro.factor {', '.join(replayed.factors)} cannot be sampled"
             notes.append(why)
@@ -170,28 +166,35 @@ class _Given(Messenger):
 # -------------------------------------------------------------------------------------- the groups
 
 
+def _drawn(
+    exact: ExactPosterior, num_samples: int, seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Draws of the latents, and why the program cannot be run at them, if so."""
+    nothing = "no posterior_predictive and sample_stats: "
+    try:
+        drawn = exact.sample(num_samples, seed=seed)
+    except ProgramError as error:
+        if not exact.integrated:
+            raise
+        return {}, [f"{nothing}{error}"]
+    inner = [site for site in exact.sites if exact.inside(site)]
+    if inner:
+        what = f"{', '.join(inner)} are no sites of the program, which cannot be run at their draws"
+        return drawn, [nothing + what]
+    return drawn, []
+
+
 def _add_latents(export: Export, exact: ExactPosterior, drawn: Mapping[str, Tensor]) -> None:
-    plates = {site: exact.plates(site) for site in exact.sites}
-    export.drawn("posterior", drawn, plates)
+    export.drawn("posterior", drawn, {site: exact.plates(site) for site in drawn})
     for site in exact.sites:
-        name, states = f"{site}_responsibilities", [f"{site}_state"]
-        export.add("responsibilities", name, exact.marginals(site), plates[site], last=states)
+        marginals, plates = exact.marginals(site), exact.plates(site)
+        inner = [f"{site}_dim_{i}" for i in range(marginals.dim() - len(plates) - 1)]
+        name, last = f"{site}_responsibilities", [*inner, f"{site}_state"]
+        export.add("responsibilities", name, marginals, plates, last=last)
     export.describe(
         "responsibilities",
         responsibilities="p(z = state | y), exactly, at point parameters; not draws",
     )
-
-
-def _undrawn(fit: EMFit, sites: Sequence[str]) -> list[str]:
-    """Why some latents have no draws, if so."""
-    integrated = fit.settings.get("integrated_latents", ())
-    if integrated:
-        what = f"latents {', '.join(integrated)} are integrated exactly and not drawn"
-    elif not sites:
-        what = "no latent site is discrete: there is nothing to draw"
-    else:
-        return []
-    return [f"no posterior_predictive and sample_stats: {what}"]
 
 
 def _add_replayed(export: Export, replayed: _Replayed, log_evidence: Tensor) -> None:
@@ -203,17 +206,17 @@ def _add_replayed(export: Export, replayed: _Replayed, log_evidence: Tensor) -> 
     )
 
 
-def _add_likelihood(export: Export, replayed: _Replayed, log_evidence: Tensor) -> None:
+def _add_evidence(export: Export, replayed: _Replayed, log_evidence: Tensor) -> None:
     observed = [*replayed.observed]
     name = observed[0] if len(observed) == 1 else "all_observed"
-    export.add("log_likelihood", name, log_evidence, replayed.data_plates)
+    export.add("log_evidence", name, log_evidence, replayed.data_plates)
     where = ", ".join(replayed.data_plates)
     what = f"ln p(y_n) of each element of ({where})"
     if not where:
         what = "ln p(y) of the whole data set, which is one datum: no plate holds every site"
     export.describe(
-        "log_likelihood",
-        log_likelihood=f"{what}, latents summed out exactly, at point parameters; no draws, no LOO",
+        "log_evidence",
+        log_evidence=f"{what}, latents summed out exactly, at point parameters; no draws, no LOO",
         units="nats",
     )
 
@@ -281,6 +284,7 @@ def _attributes(fit: EMFit, seed: int) -> dict[str, Any]:
         "objective_value": fit.objective_value,
         "draws": "independent exact draws of the latents, z ~ p(z | y), at point parameters",
         "r_hat": R_HAT,
-        "loo": f"no meaning: the parameters are point estimates ({names}) and every latent is "
-        "summed out; use log_evidence on held-out data instead",
+        "loo": f"no meaning, and so no group log_likelihood: the parameters are point estimates "
+        f"({names}), not draws that could be reweighted, and every latent is summed out; use "
+        "fit.log_evidence on held-out data instead",
     }

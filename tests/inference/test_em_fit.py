@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import lvppl
+from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError
 from tests.enumerable import PROGRAMS, latent_sites, set_parameters, simplex, t
 
@@ -113,3 +114,128 @@ def test_the_curve_of_a_fit(fit: Any) -> None:
     ax = training_curve(fit)
     assert ax.lines[0].get_ydata().tolist() == fit.history["objective"].tolist()
     assert ax.get_ylabel() == "ln p(y), nats"
+
+
+# --------------------------------------------------------------------- other groups, other lengths
+
+
+def grouped(y: Tensor) -> None:
+    """A level of each group, which becomes a parameter."""
+    weights = simplex("weights", [0.6, 0.4])
+    with pyro.plate("groups", len(y), dim=-2):
+        level = pyro.sample("level", dist.Normal(t(0.0), t(2.0)))
+        with pyro.plate("data", y.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("y", dist.Normal(level + t([-1.0, 1.0])[z], t(0.8)), obs=y)
+
+
+def test_maximised_latents_belong_to_their_groups() -> None:
+    y = Y.reshape(4, 2)
+    fit = lvppl.EM(grouped).fit(y, max_iter=5, progress=False, seed=0)
+    assert fit.params["level"].shape == (4, 1)
+    says = (
+        r"'level' was maximised: .* \(4, 1\) .* \(3, 1\) in plate 'groups' \(now 3\)\. .*fit again"
+    )
+    asked = (fit.posterior, fit.log_evidence, fit.reconstruct, fit.sample, fit.to_arviz)
+    for ask in asked:
+        with pytest.raises(ProgramError, match=says):
+            ask(y[:3])
+    # more data of the same groups are no other groups
+    more = torch.cat([y, y + 0.1], 1)
+    level = fit.params["level"]
+    joint = dist.Normal(level[..., None] + t([-1.0, 1.0]), t(0.8)).log_prob(more[..., None])
+    joint = joint + fit.params["weights"].log()
+    found = fit.posterior(more).marginals("z")
+    torch.testing.assert_close(found, joint.softmax(-1), atol=1e-10, rtol=0)
+
+
+INITIAL, TRANSITION = t([0.6, 0.4]), t([[0.9, 0.1], [0.2, 0.8]])
+
+
+def chain(y: Tensor) -> None:
+    """Nothing says how many steps there are but the data."""
+    loc = pyro.param("loc", lambda: t([-1.0, 1.2]))
+    with pyro.plate("data", len(y)):
+        emission = dist.Normal(loc, t(0.8))
+        pyro.sample("y", HiddenMarkov(INITIAL.log(), TRANSITION.log(), emission), obs=y)
+
+
+def masked_chain(y: Tensor) -> None:
+    """The same inside wrappers."""
+    loc = pyro.param("loc", lambda: t([-1.0, 1.2]))
+    emission = dist.Normal(loc, t(0.8))
+    chains = HiddenMarkov(INITIAL.log().expand(len(y), 2), TRANSITION.log(), emission)
+    pyro.sample("y", chains.mask(torch.ones(len(y), dtype=torch.bool)).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("model", [chain, masked_chain])
+def test_new_sequences_are_as_long_as_the_data(model: Any) -> None:
+    """The mean of step 4 is p A^3 loc, within 5 standard errors; new data have their own length."""
+    y = Y.reshape(2, 4)
+    fit = lvppl.EM(model).fit(y, max_iter=3, progress=False, seed=0)
+    new = fit.sample(num_samples=3000, seed=1).predictive["y"]
+    assert new.shape == (3000, 2, 4)
+    mean = float(INITIAL @ torch.linalg.matrix_power(TRANSITION, 3) @ fit.params["loc"])
+    last = new[..., 3]
+    assert abs(float(last.mean()) - mean) < 5 * float(last.std()) / last.numel() ** 0.5
+    assert fit.sample(Y.reshape(1, 8), seed=1).predictive["y"].shape == (1, 1, 8)
+
+
+def test_a_chain_alone_asks_for_its_length() -> None:
+    emission = dist.Normal(t([-1.0, 1.2]), t(0.8))
+    chains = HiddenMarkov(INITIAL.log(), TRANSITION.log(), emission)
+    with pytest.raises(ProgramError, match=r"num_steps=y\.shape\[1\].*with_steps\(T\)"):
+        chains.sample()
+    longer = chains.with_steps(5)
+    assert longer.sample((3,)).shape == (3, 5) and longer.event_shape == (5,)
+    assert chains.event_shape == (1,) and longer.with_steps(5).num_steps == 5
+    y = Y[:5]
+    assert torch.equal(longer.log_prob(y), chains.log_prob(y))
+    with pytest.raises(ProgramError, match=r"has 5 steps by its arguments, not 6"):
+        longer.with_steps(6)
+
+
+# ------------------------------------------------------------------------------------ at a prompt
+
+
+def test_what_a_prompt_shows(fit: Any) -> None:
+    """Short, and no tensor's numbers."""
+    posterior, evidence = fit.posterior(Y), fit.log_evidence(Y)
+    total = f"{float(evidence):.6g} nats"
+    assert repr(evidence) == f"LogEvidence({total}; 8 data of plate data)"
+    assert repr(posterior) == (
+        f"ExactPosterior(ln p(y) = {total}; 8 data of plate data; z (8,) of 2 states)"
+    )
+    best = posterior.map()
+    assert repr(best) == f"Assignment(ln p(z, y) = {float(best.log_joint):.6g} nats; z (8,))"
+    assert "1 datum of plate data" in repr(fit.log_evidence(Y[:1]))
+
+
+def test_a_prompt_shows_the_first_of_many_sites() -> None:
+    def long(y: Tensor) -> None:
+        z = None
+        for step in pyro.markov(range(len(y))):
+            p = INITIAL if z is None else TRANSITION[z]
+            z = pyro.sample(f"z_{step}", dist.Categorical(p))
+            pyro.sample(f"y_{step}", dist.Normal(t([-1.0, 1.2])[z], t(0.8)), obs=y[step])
+
+    posterior = lvppl.posterior(long, Y)
+    shown = "; ".join(f"z_{step} () of 2 states" for step in range(5))
+    assert repr(posterior) == (
+        f"ExactPosterior(ln p(y) = {float(posterior.log_evidence):.6g} nats; the data set is one "
+        f"datum; {shown}; ... (8 sites))"
+    )
+    assert repr(posterior.map()).endswith("z_4 (); ... (8 sites))")
+
+
+def test_a_prompt_shows_what_is_integrated() -> None:
+    def factor(y: Tensor) -> None:
+        loc = pyro.param("loc", lambda: t([0.0, 0.0]))
+        with pyro.plate("data", len(y)):
+            u = pyro.sample("u", dist.Normal(y.new_zeros(1), t(1.0)).to_event(1))
+            pyro.sample("y", dist.Normal(loc + u, t(0.8)).to_event(1), obs=y)
+
+    posterior = (
+        lvppl.EM(factor).fit(Y.reshape(4, 2), max_iter=1, progress=False).posterior(Y.reshape(4, 2))
+    )
+    assert repr(posterior).endswith("4 data of plate data; u (4, 1) integrated)")

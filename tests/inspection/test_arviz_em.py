@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import lvppl
+from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError
 from tests.enumerable import (
     PROGRAMS,
@@ -42,7 +43,7 @@ GROUPS = {
     "posterior_predictive",
     "prior",
     "prior_predictive",
-    "log_likelihood",
+    "log_evidence",
     "sample_stats",
     "observed_data",
     "responsibilities",
@@ -144,14 +145,14 @@ def test_log_p_and_log_q_are_of_the_draws(program: Program) -> None:
 
 
 @every
-def test_the_pointwise_likelihood_is_the_evidence_of_each_datum(program: Program) -> None:
+def test_the_evidence_of_each_datum(program: Program) -> None:
     fit, export, args = exported(program.name)
-    (found,) = export["log_likelihood"].data_vars.values()
+    (found,) = export["log_evidence"].data_vars.values()
     assert found.dims == program.data_plates
     assert np.array_equal(found.values.flatten(), fit.log_evidence(*args).per_datum.numpy())
     observed = list(export["observed_data"].data_vars)
     assert found.name == (observed[0] if len(observed) == 1 else "all_observed")
-    says = export["log_likelihood"].attrs["log_likelihood"]
+    says = export["log_evidence"].attrs["log_evidence"]
     assert ("is one datum" in says) == (not program.data_plates)
     assert "no LOO" in says
 
@@ -292,34 +293,61 @@ def test_map_latents_are_points_with_their_plates() -> None:
     assert abs(float(gap.std()) - 0.8) < K * 0.8 / math.sqrt(2 * gap.numel())
 
 
-def test_what_is_integrated_is_not_drawn() -> None:
-    """A factor u by datum, out of the program's reach at draws of z: no predictions are made up."""
+def factors(y: Tensor) -> None:
+    """A factor u by datum, which is integrated."""
+    slope = pyro.param("slope", lambda: t(0.7))
+    loc = pyro.param("loc", lambda: t([-1.0, 1.2]))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(t([0.4, 0.6])))
+        u = pyro.sample("u", dist.Normal(t(0.0), 1.0))
+        pyro.sample("y", dist.Normal(loc[z] + slope * u, 0.8), obs=y)
 
-    def factors(y: Tensor) -> None:
-        slope = pyro.param("slope", lambda: t(0.7))
-        loc = pyro.param("loc", lambda: t([-1.0, 1.2]))
-        with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Categorical(t([0.4, 0.6])))
-            u = pyro.sample("u", dist.Normal(t(0.0), 1.0))
-            pyro.sample("y", dist.Normal(loc[z] + slope * u, 0.8), obs=y)
 
+def test_what_is_integrated_is_drawn_with_the_states() -> None:
     fit = fitted(factors, Y, init="model", restarts=1)
     export = fit.to_arviz(Y, num_samples=DRAWS)
-    assert GROUPS - groups_of(export) == {"posterior_predictive", "sample_stats"}
-    assert "latents u are integrated exactly and not drawn" in export.attrs["notes"]
-    scale = (fit.params["slope"] ** 2 + 0.8**2).sqrt()
-    log_joint = dist.Normal(fit.params["loc"], scale).log_prob(Y[:, None]) + t([0.4, 0.6]).log()
+    assert groups_of(export) >= GROUPS and export.attrs["notes"] == ""
+    slope, loc = fit.params["slope"], fit.params["loc"]
+    scale = (slope**2 + 0.8**2).sqrt()
+    log_joint = dist.Normal(loc, scale).log_prob(Y[:, None]) + t([0.4, 0.6]).log()
     found = export["responsibilities"]["z_responsibilities"].values
     np.testing.assert_allclose(found, log_joint.softmax(-1), atol=1e-9)
-    np.testing.assert_allclose(
-        export["log_likelihood"]["y"].values, log_joint.logsumexp(-1), atol=1e-9
-    )
-    hot = export["posterior"]["z"].values[0][..., None] == np.arange(2)
-    assert (np.abs(hot.mean(0) - found) <= deviation(found, DRAWS)).all()
+    evidence = log_joint.logsumexp(-1)
+    np.testing.assert_allclose(export["log_evidence"]["y"].values, evidence, atol=1e-9)
+    z, u = (torch.tensor(export["posterior"][name].values[0]) for name in ("z", "u"))
+    hot = torch.nn.functional.one_hot(z, 2).double().mean(0).numpy()
+    assert (np.abs(hot - found) <= deviation(found, DRAWS)).all()
+    # u - E[u | z, y] is of N(0, 1 / precision)
+    precision = 1 + slope**2 / 0.8**2
+    gap = u - slope / 0.8**2 * (Y - loc[z]) / precision
+    assert abs(float(gap.mean())) < K / math.sqrt(float(precision) * gap.numel())
+    # ln p(y, z, u) of each draw, and its ln p(z, u | y)
+    log_p = dist.Normal(loc[z] + slope * u, 0.8).log_prob(Y) + dist.Normal(0.0, 1.0).log_prob(u)
+    log_p = log_p + t([0.4, 0.6]).log()[z]
+    stats = export["sample_stats"]
+    np.testing.assert_allclose(stats["log_p"].values[0], log_p, atol=1e-9)
+    np.testing.assert_allclose(stats["log_q"].values[0], log_p - evidence, atol=1e-9)
+    new = torch.tensor(export["posterior_predictive"]["y"].values[0]) - loc[z] - slope * u
+    assert abs(float(new.mean())) < K * 0.8 / math.sqrt(new.numel())
     assert set(export["prior"].data_vars) == {"z", "u"}
 
 
-def test_a_distribution_that_sums_its_own_latents_has_no_posterior() -> None:
+def test_latents_without_a_density_of_their_own_are_not_drawn() -> None:
+    def two(y: Tensor) -> None:
+        loc = pyro.param("loc", lambda: t(0.4))
+        with pyro.plate("data", len(y)):
+            u, v = (pyro.sample(name, dist.Normal(t(0.0), 1.0)) for name in "uv")
+            pyro.sample("y", dist.Normal(loc + u + v, 0.8), obs=y)
+
+    fit = fitted(two, Y, init="model", restarts=1)
+    export = fit.to_arviz(Y, num_samples=3)
+    assert "sample_stats: Given the data, the integrated latent 'u'" in export.attrs["notes"]
+    assert not groups_of(export) & {"posterior", "posterior_predictive", "sample_stats"}
+    expected = dist.Normal(fit.params["loc"], math.sqrt(2 + 0.8**2)).log_prob(Y)
+    np.testing.assert_allclose(export["log_evidence"]["y"].values, expected, atol=1e-9)
+
+
+def test_states_inside_a_distribution_are_drawn() -> None:
     def inside(y: Tensor) -> None:
         weights, loc = simplex("weights", [0.6, 0.4]), pyro.param("loc", lambda: t([-1.0, 1.2]))
         parts = dist.Categorical(weights), dist.Normal(loc, t(0.8))
@@ -327,14 +355,48 @@ def test_a_distribution_that_sums_its_own_latents_has_no_posterior() -> None:
             pyro.sample("y", dist.MixtureSameFamily(*parts), obs=y)
 
     fit = fitted(inside, Y, init="model", restarts=1)
-    export = fit.to_arviz(Y, num_samples=3)
-    assert "no latent site is discrete" in export.attrs["notes"]
-    assert not groups_of(export) & {"posterior", "responsibilities", "sample_stats"}
+    export = fit.to_arviz(Y, num_samples=DRAWS)
+    assert "y_component are no sites of the program" in export.attrs["notes"]
+    assert not groups_of(export) & {"posterior_predictive", "sample_stats"}
     log_joint = dist.Normal(fit.params["loc"], t(0.8)).log_prob(Y[:, None])
     log_joint = log_joint + fit.params["weights"].log()
-    found = export["log_likelihood"]["y"]
+    found = export["log_evidence"]["y"]
     np.testing.assert_allclose(found.values, log_joint.logsumexp(-1), atol=1e-9)
-    assert export["prior_predictive"]["y"].shape == (1, 3, len(Y))
+    marginal = export["responsibilities"]["y_component_responsibilities"]
+    assert marginal.dims == ("data", "y_component_state")
+    np.testing.assert_allclose(marginal.values, log_joint.softmax(-1), atol=1e-9)
+    hot = export["posterior"]["y_component"].values[0][..., None] == np.arange(2)
+    assert (np.abs(hot.mean(0) - marginal.values) <= deviation(marginal.values, DRAWS)).all()
+    assert export["prior_predictive"]["y"].shape == (1, DRAWS, len(Y))
+
+
+def test_a_chain_has_its_length_from_the_data() -> None:
+    p, A = t([0.6, 0.4]), t([[0.9, 0.1], [0.2, 0.8]])
+
+    def chain(y: Tensor) -> None:
+        loc = pyro.param("loc", lambda: t([-1.0, 1.2]))
+        with pyro.plate("sequences", len(y)):
+            emission = dist.Normal(loc, t(0.8))
+            pyro.sample("y", HiddenMarkov(p.log(), A.log(), emission), obs=y)
+
+    y = Y.reshape(2, 4)
+    fit = fitted(chain, y, init="model", restarts=1)
+    export = fit.to_arviz(y, num_samples=DRAWS, seed=3)
+    drawn, marginal = export["posterior"]["y_states"], export["responsibilities"]
+    assert drawn.dims == ("chain", "draw", "sequences", "y_states_dim_0")
+    marginal = marginal["y_states_responsibilities"]
+    assert marginal.dims == ("sequences", "y_states_dim_0", "y_states_state")
+    emission = dist.Normal(fit.params["loc"], t(0.8))
+    expected = HiddenMarkov(p.log(), A.log(), emission).posterior(y)
+    np.testing.assert_allclose(marginal.values, expected.marginals, atol=1e-9)
+    np.testing.assert_allclose(export["log_evidence"]["y"].values, expected.log_evidence)
+    hot = drawn.values[0][..., None] == np.arange(2)
+    assert (np.abs(hot.mean(0) - marginal.values) <= deviation(marginal.values, DRAWS)).all()
+    new = export["prior_predictive"]["y"].values
+    assert new.shape == (1, DRAWS, 2, 4)
+    # of the last step: p A³ says how often each state is there
+    mean = float(p @ torch.linalg.matrix_power(A, 3) @ fit.params["loc"])
+    assert abs(new[..., 3].mean() - mean) < K * new[..., 3].std() / math.sqrt(new[..., 3].size)
 
 
 def test_attributes() -> None:
@@ -345,11 +407,12 @@ def test_attributes() -> None:
         assert attrs["objective"] == "ln p(y)"
         assert attrs["objective_value"] == fit.objective_value
         assert (attrs["status"], attrs["seed"], attrs["draws_seed"]) == (fit.status, 0, 9)
-        assert attrs["loo"].startswith("no meaning: the parameters are point estimates (weights")
+        assert attrs["loo"].startswith("no meaning, and so no group log_likelihood: the param")
         assert "log_evidence on held-out data" in attrs["loo"]
         assert all(type(value) in (int, float, str) for value in attrs.values())
-    with pytest.raises(KeyError):
-        az.loo(export)  # there is nothing that it could average
+    for criterion in (az.loo, az.waic):  # there is nothing that they could average
+        with pytest.raises(TypeError, match="log likelihood not found"):
+            criterion(export)
 
 
 # ---------------------------------------------------------------------- other data, seeds, options
