@@ -14,16 +14,15 @@ The file of the chorales is looked for in $LVPPL_DATA and in the cache, and is d
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from _answers import verdict
+from _options import command_line
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,7 +57,7 @@ class Size:
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = command_line(__doc__, out="runs/chorales", quick="fewer and shorter")
     size, seed = Size(8, 15, 30) if options.quick else Size(), options.seed
     data = lvppl.data.chorales(dtype=torch.float64)
     data = Chorales(size.of(data.train), size.of(data.valid), size.of(data.test))
@@ -103,14 +102,6 @@ def main() -> int:
             ("no more than 0.4 nats lost from train to test", em.gap < 0.4),
         ]
     return verdict(answers)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/chorales"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="of the start")
-    return parser.parse_args()
 
 
 # -------------------------------------------------------------------------------------- the models

@@ -10,15 +10,14 @@ same start.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from _answers import verdict
+from _options import command_line
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
@@ -32,7 +31,7 @@ FEW, MANY = 4, 16
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = command_line(__doc__, out="runs/colours", quick="fewer pixels")
     step = 6 if options.quick else 1
     image = lvppl.data.photographs(dtype=torch.float64).images[1]  # (3, height, width)
     image = 255 * image[:, ::step, ::step]  # levels, so that distances are in units of one level
@@ -54,14 +53,6 @@ def main() -> int:
     picture(image, pictures).savefig(path, dpi=160, bbox_inches="tight")
     print(f"\nwritten to {path}")
     return verdict(answers)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/colours"), help="folder to write to")
-    parser.add_argument("--quick", action="store_true", help="fewer pixels, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="of the start")
-    return parser.parse_args()
 
 
 def quantise(pixels: Tensor, num_colours: int, seed: int) -> tuple[Tensor, Tensor, float, float]:

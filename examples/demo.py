@@ -13,7 +13,6 @@ Writes the fit, ``posterior.nc`` for ArviZ, and pictures. Exits with 1 if a know
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from _answers import verdict
+from _options import command_line
 from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
@@ -45,7 +45,7 @@ weights: more draws would raise it.
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = command_line(__doc__, out="runs/demo", quick="a short training", seed=None)
     start = time.perf_counter()
     digits = lvppl.data.digits()
     train, test = (part.grey().float() for part in (digits.train, digits.test))
@@ -60,13 +60,6 @@ def main() -> int:
     for path in sorted(options.out.iterdir()):
         print(f"  {path.name}")
     return verdict(answers)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
-    parser.add_argument("--quick", action="store_true", help="a short training, for tests")
-    return parser.parse_args()
 
 
 # ------------------------------------------------------------------------------------- the VAE

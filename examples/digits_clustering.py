@@ -10,14 +10,13 @@ a picture, and exits with 1 unless each mixture beats scikit-learn's k-means on 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from _answers import verdict
+from _options import command_line
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -34,7 +33,9 @@ NUM_MEMBERS = 16  # digits shown of each component
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = command_line(
+        __doc__, out="runs/digits_clustering", quick="fewer starts", seed="of the starts"
+    )
     digits = lvppl.data.digits(dtype=torch.float64)
     images = torch.cat([digits.train.images, digits.test.images]).flatten(1)
     labels = torch.cat([digits.train.labels, digits.test.labels])
@@ -75,14 +76,6 @@ def main() -> int:
             ("Bernoulli mixture: NMI above k-means on the same", dark_scores[1] > dark_peer[1]),
         ]
     )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/digits_clustering"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="fewer starts, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="of the starts")
-    return parser.parse_args()
 
 
 def principal_axes(y: Tensor) -> tuple[Tensor, Tensor]:

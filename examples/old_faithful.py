@@ -9,13 +9,12 @@ the likelihood is reached, as scikit-learn finds it from many starts of its own.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from _answers import verdict
+from _options import command_line
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -33,7 +32,9 @@ LOCATIONS = np.array([[2.036388, 54.478517], [4.289662, 79.968115]])
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = command_line(
+        __doc__, out="runs/old_faithful", quick="fewer starts", seed="of the starts"
+    )
     table = lvppl.data.geyser(dtype=torch.float64)
     y = table.values
 
@@ -70,14 +71,6 @@ def main() -> int:
             ("the known locations, within 1e-3 minutes", np.abs(loc - LOCATIONS).max() < 1e-3),
         ]
     )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/old_faithful"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="fewer starts, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="of the starts")
-    return parser.parse_args()
 
 
 def report(weights: np.ndarray, loc: np.ndarray, covariance: np.ndarray) -> None:

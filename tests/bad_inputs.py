@@ -30,9 +30,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import lvppl
-from lvppl.distributions import DiscretizedLogistic, HiddenMarkov, Quantized
+from lvppl.distributions import DiscretizedLogistic, Quantized
 from lvppl.guides import AmortizedFlow, ConvEncoder, PerDatumNormal
-from lvppl.models import VAE, ConvDecoder, GaussianLikelihood, GaussianMixture, ProbabilisticPCA
+from lvppl.models import (
+    VAE,
+    ConvDecoder,
+    GaussianComponents,
+    GaussianLikelihood,
+    GaussianMixture,
+    HiddenMarkovModel,
+    ProbabilisticPCA,
+)
 
 __all__ = ["PAGE", "TOPICS", "BadInput", "error_of", "page"]
 
@@ -503,6 +511,14 @@ def columns_of(num_columns: int, *, joint: bool = False) -> Program:
 MIXTURE = mixture_of()
 
 
+def learned_widths(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.randn(2, y.shape[1]))
+    scale = pyro.param("scale", lambda: torch.ones(2, y.shape[1]), constraint=constraints.positive)
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(loc[z], scale[z]).to_event(1), obs=y)
+
+
 def unplated_mixture(y: Tensor) -> None:
     loc = pyro.param("loc", lambda: torch.arange(float(len(y))))
     z = pyro.sample("z", dist.Categorical(torch.ones(len(y))))
@@ -631,18 +647,28 @@ def subsampled_mixture(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y[index])
 
 
-def hidden_chain(y: Tensor) -> None:
+def float_index(y: Tensor) -> None:
+    """Draws of Bernoulli are floats."""
     loc = pyro.param("loc", lambda: torch.arange(2.0))
     with pyro.plate("data", len(y)):
-        chain = HiddenMarkov(torch.zeros(2), torch.zeros(2, 2), dist.Normal(loc, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+
+def undeclared_features(y: Tensor) -> None:
+    """Locations with features, in a Normal without an event."""
+    loc = pyro.param("loc", lambda: torch.zeros(2, 3))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+
+def discrete_chain(y: Tensor) -> None:
+    """Pyro's own distribution over sequences."""
+    loc = pyro.param("loc", lambda: torch.arange(2.0))
+    with pyro.plate("data", len(y)):
+        chain = dist.DiscreteHMM(torch.zeros(2), torch.zeros(1, 2, 2), dist.Normal(loc, 1.0))
         pyro.sample("y", chain, obs=y)
-
-
-def summed_mixture(y: Tensor) -> None:
-    loc = pyro.param("loc", lambda: torch.arange(2.0))
-    with pyro.plate("data", len(y)):
-        choice = dist.Categorical(torch.ones(2))
-        pyro.sample("y", dist.MixtureSameFamily(choice, dist.Normal(loc, 1.0)), obs=y)
 
 
 def _em(model: Program, *data: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
@@ -678,7 +704,7 @@ def em(title: str, says: str, *data: Any, model: Program = MIXTURE, **options: A
     return call(title, lambda _: _em(model, *(data or (Y,)), options=own, **options), says)
 
 
-EM_OPTIONS = frozenset(inspect.signature(lvppl.EM).parameters) - {"model"}
+EM_OPTIONS = frozenset(inspect.signature(lvppl.EM).parameters) - {"model", "unknown"}
 
 
 MODEL, GUIDE = model_of(), guide_of()
@@ -690,6 +716,10 @@ CLASSES = model_of(likelihood=lambda z: dist.Categorical(logits=torch.stack([z, 
 
 def spoilt(value: float) -> tuple[Tensor]:
     return (torch.where(Y == 2, value, Y),)
+
+
+def _chain_of_two(num_features: int = 2) -> HiddenMarkovModel:
+    return HiddenMarkovModel(GaussianComponents(2, num_features, covariance="diag"))
 
 
 def off() -> Any:
@@ -899,7 +929,7 @@ TOPICS["Data"] = [
     program(
         "a column (4, 1) for data of shape (4,)",
         (regression, slope_guide),
-        "ite 'y' … batch shape (4, ",
+        "Site 'y' observes values of shape (4, 1) … y.squeeze(-1) for numbers",
         data=(Y, Y[:, None]),
     ),
     program(
@@ -1377,9 +1407,15 @@ TOPICS["Fits"] = [
     ),
     call("`tolerance=-1.0`", lambda _: _fit(MODEL, GUIDE, Y, tolerance=-1.0), "tolerance … -1.0"),
     call(
+        "`SVI(lr=0.1)`",
+        lambda _: lvppl.SVI(MODEL, GUIDE, lr=0.1),
+        "SVI(lr=...) is not an option of SVI … Here it is learning_rate=.",
+    ),
+    call(
         "a misspelt option",
         lambda _: _fit(MODEL, GUIDE, Y, num_epoch=3),
-        "The guide fails before its first site … unexpected keyword argument 'num_epoch'",
+        "fit(num_epoch=...) is not an option … unexpected keyword argument 'num_epoch' … "
+        "Did you mean num_epochs=?",
     ),
     call(
         "`callbacks=print`", lambda _: _fit(MODEL, GUIDE, Y, callbacks=print), "callbacks … [print]"
@@ -1614,8 +1650,25 @@ TOPICS["Exact evidence and posteriors"] = [
     exact(
         "an array where a mixture observes",
         MIXTURE,
-        "'y' observes a ndarray, not a tensor … torch.as_tensor",
+        "'y' observes a numpy.ndarray of shape (4,), not a tensor: write torch.as_tensor(y, dtype=",
         Y.numpy(),
+    ),
+    exact(
+        "a column of numbers where a mixture observes",
+        MIXTURE,
+        "Site 'y' observes values of shape (4, 1) … y.squeeze(-1) … dist.Normal(...).to_event(1)",
+        Y[:, None],
+    ),
+    exact(
+        "features that no event declares",
+        undeclared_features,
+        "site y dim -1, 4 vs 3 … one event: dist.Normal(...).to_event(1)",
+        torch.zeros(4, 3),
+    ),
+    exact(
+        "a draw of Bernoulli as an index",
+        float_index,
+        "tensors used as indices … are floats … loc[z.long()]",
     ),
     exact(
         "data of another number of columns",
@@ -1626,7 +1679,7 @@ TOPICS["Exact evidence and posteriors"] = [
     exact(
         "columns that no event declares",
         MIXTURE,
-        "observes values of shape (4, 2) … belongs to no plate … .to_event(n)",
+        "observes values of shape (4, 2) … belongs to no plate … .to_event(",
         torch.zeros(4, 2),
     ),
     exact(
@@ -1696,17 +1749,16 @@ TOPICS["Exact evidence and posteriors"] = [
         by=POSTERIOR,
     ),
     exact(
-        "the posterior of the states inside `HiddenMarkov`",
-        hidden_chain,
-        "site 'y' are inside its HiddenMarkov … HiddenMarkov(...).posterior(y) or .viterbi(y)",
+        "the posterior of the states inside Pyro's `DiscreteHMM`",
+        discrete_chain,
+        "Pyro's DiscreteHMM … lvppl.distributions.HiddenMarkov, whose first state emits",
         torch.zeros(3, 5),
         by=POSTERIOR,
     ),
-    exact(
-        "the posterior of the component inside `MixtureSameFamily`",
-        summed_mixture,
-        "site 'y' are inside its MixtureSameFamily … pyro.sample('z', dist.Categorical(weights))",
-        by=POSTERIOR,
+    call(
+        "the moments of a discrete latent",
+        lambda _: lvppl.posterior(MIXTURE, Y).moments("z"),
+        "latent 'z' is discrete … integrated … marginals('z')",
     ),
     call(
         "`log_evidence(..., temperature=0.0)`",
@@ -1716,7 +1768,7 @@ TOPICS["Exact evidence and posteriors"] = [
     call(
         "the marginals of an unknown site",
         lambda _: lvppl.posterior(MIXTURE, Y).marginals("k"),
-        "no enumerated latent 'k'; there are ['z']",
+        "latent 'k' … there are ['z']",
     ),
     call(
         "the joint of one site",
@@ -1861,6 +1913,51 @@ TOPICS["Expectation maximisation"] = [
         restarts=3,
     ),
     em("`restarts=0`", "restarts must be at least 1 … 0", restarts=0),
+    call(
+        "`EM(hrad=True)`",
+        lambda _: lvppl.EM(MIXTURE, hrad=True),
+        "EM(hrad=...) is not an option of EM … Did you mean hard=?",
+    ),
+    call(
+        "`EM(n_init=10)`, as scikit-learn calls it",
+        lambda _: lvppl.EM(MIXTURE, n_init=10),
+        "EM(n_init=...) is not an option of EM … Here it is restarts=.",
+    ),
+    call(
+        "`EM(random_state=0)`, as scikit-learn calls it",
+        lambda _: lvppl.EM(MIXTURE, random_state=0),
+        "Here it is seed=, an option of EM(...).fit(...)",
+    ),
+    call(
+        "`EM(n_components=2)`, as scikit-learn calls it",
+        lambda _: lvppl.EM(MIXTURE, n_components=2),
+        "is said by the program … GaussianMixture(num_components, num_features)",
+    ),
+    call(
+        '`EM(covariance_type="diag")`, as scikit-learn calls it',
+        lambda _: lvppl.EM(MIXTURE, covariance_type="diag"),
+        'is said by the program … covariance="diag"',
+    ),
+    call(
+        "an option of `fit` given to `EM`",
+        lambda _: lvppl.EM(MIXTURE, max_iter=5),
+        "EM(max_iter=...) is not an option of EM … It is an option of EM(...).fit(...)",
+    ),
+    call(
+        "an option of `EM` given to `fit`",
+        lambda _: lvppl.EM(MIXTURE).fit(Y, restarts=5, progress=False),
+        "fit(restarts=...) is not an option of fit … It is an option of EM(...)",
+    ),
+    call(
+        "`EM(GaussianMixture)`, the class",
+        lambda _: lvppl.EM(GaussianMixture),
+        "must be a Pyro program (a callable) … make one of the class, as in GaussianMixture(...)",
+    ),
+    em(
+        '`EM(init="k-means++")`',
+        "init must be one of … not 'k-means++' … Did you mean 'kmeans++'?",
+        init="k-means++",
+    ),
     em(
         '`EM(init="best")`',
         "init must be one of 'model', 'kmeans++', 'random', not 'best'",
@@ -1894,6 +1991,37 @@ TOPICS["Expectation maximisation"] = [
     em(
         "`fit(maxiter=3)`", "fit(maxiter=...) is not an option … Did you mean max_iter=?", maxiter=3
     ),
+    em("`fit(n_iter=3)`, as hmmlearn calls it", "fit(n_iter=...) … Here it is max_iter=", n_iter=3),
+    em(
+        "`fit(sample_weight=...)`, as scikit-learn calls it",
+        "fit(sample_weight=...) … Data have no weights … y.repeat_interleave(counts, 0)",
+        sample_weight=None,
+    ),
+    em(
+        "EM of data in half precision",
+        "Site 'y' observes torch.float16 … EM needs float32 or float64 … y.float()",
+        Y.half(),
+    ),
+    em(
+        "EM of data whose squares overflow",
+        "observes values up to 2e+20, whose squared distances torch.float32 does not hold … "
+        "(y - y.mean(0)) / y.std(0) … y.double()",
+        1e20 * Y,
+    ),
+    em(
+        "EM of data whose squares are zero",
+        "observes values up to 2e-25, whose squared distances torch.float32 does not hold … "
+        "(y - y.mean(0)) / y.std(0) … y.double()",
+        1e-25 * Y,
+    ),
+    em(
+        "a start without a floor, on a constant feature",
+        "a start has a component whose variance is zero … EM(floor=1e-6)",
+        torch.tensor([[0.5, 1.0], [2.0, 1.0], [-1.0, 1.0], [-2.0, 1.0]]),
+        model=learned_widths,
+        init="kmeans++",
+        floor=0.0,
+    ),
     em(
         "batches of a program without a plate over the rows",
         "batch_size=2 needs a plate over the rows … pyro.plate … leave batch_size out",
@@ -1919,7 +2047,7 @@ TOPICS["Expectation maximisation"] = [
     call(
         "the posterior of an unknown site of a fit",
         lambda _: _em(MIXTURE, Y).posterior(Y).marginals("cluster"),
-        "no enumerated latent 'cluster'; there are ['z']",
+        "latent 'cluster' … there are ['z']",
     ),
     call(
         "a fit's posterior of data with other columns",
@@ -2112,6 +2240,16 @@ TOPICS["Models and guides of the library"] = [
         "`GaussianLikelihood(floor=1.0)`",
         lambda _: GaussianLikelihood((4,), floor=1.0),
         "0 < floor < init … floor=1.0",
+    ),
+    part(
+        "one sequence for `HiddenMarkovModel`",
+        lambda _: _chain_of_two()(torch.zeros(7, 2)),
+        "shape (sequences, steps, 2) … (7, 2) … One sequence is y[None].",
+    ),
+    part(
+        "one sequence of numbers for `HiddenMarkovModel`",
+        lambda _: _chain_of_two(num_features=1)(torch.zeros(7)),
+        "shape (sequences, steps, 1) … (7,) … y[None, :, None]",
     ),
     part(
         "`ConvDecoder` of 9 × 9 images",

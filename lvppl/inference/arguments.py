@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvppl import remedies
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.minibatch import num_rows
+from lvppl.inference.options import advice
 
 __all__ = [
     "as_tuple",
@@ -117,10 +117,11 @@ def check_data(
     if batch_size is None:
         return None
     if rows is None:
-        came = "nothing" if not data else f"a {type(data[0]).__name__}"
+        what, code = remedies.as_tensor(data[0]) if data else ("", "")
+        came = f"a {what}. Write {code}," if data else "nothing. Give it,"
         raise ProgramError(
             f"batch_size={batch_size} needs a tensor of rows as the first argument, but got "
-            f"{came}. Convert arrays with torch.as_tensor(...), or leave batch_size out."
+            f"{came} or leave batch_size out."
         )
     return batch_size if batch_size < rows else None
 
@@ -143,26 +144,47 @@ def explained(
     kwargs: Mapping[str, Any],
     modules: list[nn.Module],
     options: Callable[..., Any],
+    constructor: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
-    """Say why a program fails: tensors do not go together, or an option does not exist."""
+    """Say why a program fails: an option does not exist, or tensors do not go together.
+
+    Args:
+        data, kwargs: of the program.
+        modules: of the program.
+        options: the method that was called, which takes its own options out of ``kwargs``.
+        constructor: of what the method belongs to, for options that are given to the wrong one.
+    """
     try:
         yield
     except (RuntimeError, ProgramFailure) as error:
-        _explain_option(error, kwargs, options)
+        _explain_option(error, kwargs, options, constructor)
+        _explain_arrays(error, data)
         _explain_tensors(error, data, modules)
         raise
 
 
 def _explain_option(
-    error: Exception, kwargs: Mapping[str, Any], options: Callable[..., Any]
+    error: Exception,
+    kwargs: Mapping[str, Any],
+    options: Callable[..., Any],
+    constructor: Callable[..., Any] | None,
 ) -> None:
     for name in kwargs:
         if f"unexpected keyword argument '{name}'" in str(error):
-            close = difflib.get_close_matches(name, inspect.signature(options).parameters, 1)
-            meant = f" Did you mean {close[0]}=?" if close else ""
+            meant = advice(name, options, constructor)
             raise ProgramError(
                 f"{error}: fit({name}=...) is not an option of fit, and the program does not take "
-                f"it.{meant}"
+                f"it. {meant}".rstrip()
+            ) from error
+
+
+def _explain_arrays(error: Exception, data: tuple[Any, ...]) -> None:
+    for place, value in enumerate(data):
+        if not isinstance(value, Tensor) and hasattr(value, "__array__"):
+            what, code = remedies.as_tensor(value)
+            raise ProgramError(
+                f"{str(error).rstrip('.')}. Data argument {place} is a {what}, not a tensor: for "
+                f"it write {code}."
             ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import torch
@@ -26,10 +26,12 @@ from lvppl.inference.em_checks import (
     probing,
     refuse_drawn_rows,
     refuse_infinite,
+    refuse_observations,
     refuse_unseen_columns,
 )
 from lvppl.inference.em_fit import EMFit, Restart
 from lvppl.inference.em_loop import Loop, Settings
+from lvppl.inference.em_options import check_non_negative, check_options, check_program, shown
 from lvppl.inference.em_problem import Problem
 from lvppl.inference.first_states import FirstStates
 from lvppl.inference.fit import Fit, moved, versions
@@ -43,7 +45,8 @@ from lvppl.inference.map_latents import (
 )
 from lvppl.inference.minibatch import data_plates_of, gather, num_rows
 from lvppl.inference.missing import MissingValues
-from lvppl.inference.starts import INITS, start_of
+from lvppl.inference.options import refuse_unknown
+from lvppl.inference.starts import start_of
 from lvppl.inference.state import FitState, modules_of
 from lvppl.inference.variational_em import alternate
 from lvppl.layout import layout_of
@@ -118,38 +121,23 @@ class EM:
         init: str = "model",
         floor: float = 1e-6,
         num_gradient_steps: int = 20,
+        **unknown: NoReturn,
     ) -> None:
-        for role, program in (("model", model), ("guide", guide)):
-            if (role == "model" or program is not None) and (
-                not callable(program) or isinstance(program, type)
-            ):
-                raise ProgramError(f"{role} must be a Pyro program (a callable), not {program!r}")
-        check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
-        for name, flag in (("hard", hard), ("online", online)):
-            if not isinstance(flag, bool):
-                raise ProgramError(f"{name} must be True or False, but is {flag!r}")
-        exact = hard or online or temperature is not None or restarts > 1 or init != "model"
-        if guide is not None and exact:
-            raise ProgramError(
-                "hard, temperature, online, restarts and init belong to EM with an exact E-step: "
-                "leave them out with a guide."
-            )
-        if guide is None and objective is not None:
-            raise ProgramError("objective is the bound of a fit with a guide: give a guide too.")
-        if init not in INITS:
-            raise ProgramError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
-        if restarts > 1 and init == "model":
-            raise ProgramError(
-                f"restarts={restarts} from init='model' would be the same start {restarts} times. "
-                "Use init='kmeans++' or init='random'."
-            )
-        if hard and temperature is not None:
-            raise ProgramError(
-                "hard=True is the limit of temperature 0: give one of the two. A schedule such as "
-                "temperature=lambda i: max(0.1, 0.9**i) comes near it."
-            )
-        if not isinstance(floor, int | float) or not 0 <= floor < math.inf:
-            raise ProgramError(f"floor must be a number of at least 0, but is {floor!r}")
+        refuse_unknown(unknown, EM, EM.fit)
+        check_program("model", model)
+        if guide is not None:
+            check_program("guide", guide)
+        check_options(
+            guide is not None,
+            objective=objective,
+            hard=hard,
+            temperature=temperature,
+            online=online,
+            restarts=restarts,
+            init=init,
+            floor=floor,
+            num_gradient_steps=num_gradient_steps,
+        )
         self.model = model
         self.guide = guide
         self.objective = objective
@@ -160,6 +148,9 @@ class EM:
         self.init = init
         self.floor = float(floor)
         self.num_gradient_steps = num_gradient_steps
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def fit(
         self,
@@ -195,42 +186,31 @@ class EM:
         """
         seed = checked_seed(seed)
         check_counts(max_iter=max_iter, batch_size=batch_size)
-        if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
-            raise ProgramError(f"tol must be a number of at least 0, but is {tol!r}")
+        check_non_negative(tol=tol)
+        check_callables(callbacks)
         where, given = place_of(modules_of(self.model), device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
-        if missing not in (None, "nan"):
-            raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
-        check_callables(callbacks)
-        refuse_infinite(data)
-        if missing:
-            refuse_unseen_columns(data)
-        asked = batch_size
-        batch_size = check_data(data, batch_size, None, missing is None, remedy=_NAN_REMEDY)
-        if self.online and batch_size is None:
-            came = "none was given" if asked is None else f"{asked} came for {num_rows(data)} rows"
-            raise ProgramError(
-                "online=True needs fit(..., batch_size=...), the rows of a step, fewer than the "
-                f"data have; {came}. Leave online out to use all rows at each step."
-            )
+        batch_size = self._checked_batch_size(data, batch_size, missing)
         state = FitState(where if given else None)
         if self.guide is not None:
             if batch_size is not None or callbacks:
                 raise ProgramError("batch_size and callbacks are not for EM with a guide")
-            return alternate(
-                self.model,
-                self.guide,
-                data,
-                kwargs,
-                objective=self.objective,
-                max_iter=max_iter,
-                tol=float(tol),
-                num_gradient_steps=self.num_gradient_steps,
-                seed=seed,
-                state=state,
-                device=where,
-                progress=progress,
-            )
+            modules = modules_of(self.model, self.guide)
+            with explained(data, kwargs, modules, EM.fit, EM):
+                return alternate(
+                    self.model,
+                    self.guide,
+                    data,
+                    kwargs,
+                    objective=self.objective,
+                    max_iter=max_iter,
+                    tol=float(tol),
+                    num_gradient_steps=self.num_gradient_steps,
+                    seed=seed,
+                    state=state,
+                    device=where,
+                    progress=progress,
+                )
         try:
             problem = self._prepare(state, data, kwargs, batch_size, seed, where, missing)
             settings = Settings(
@@ -248,6 +228,26 @@ class EM:
             state.finish()
 
     # --------------------------------------------------------------------------- before iterating
+
+    def _checked_batch_size(
+        self, data: tuple[Any, ...], batch_size: int | None, missing: str | None
+    ) -> int | None:
+        """Refuse data that cannot be right; the rows of a batch, None for all at once."""
+        if missing not in (None, "nan"):
+            raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
+        refuse_infinite(data)
+        if missing:
+            refuse_unseen_columns(data)
+        found = check_data(data, batch_size, None, missing is None, remedy=_NAN_REMEDY)
+        if self.online and found is None:
+            came = (
+                f"{batch_size} came for {num_rows(data)} rows" if batch_size else "none was given"
+            )
+            raise ProgramError(
+                "online=True needs fit(..., batch_size=...), the rows of a step, fewer than the "
+                f"data have; {came}. Leave online out to use all rows at each step."
+            )
+        return found
 
     def _modes(self) -> Callable[[int], Mode]:
         given = self.temperature
@@ -281,7 +281,7 @@ class EM:
         with (
             state.active(),
             seeded(derived_seed(seed, "prepare"), device),
-            explained(data, kwargs, modules, EM.fit),
+            explained(data, kwargs, modules, EM.fit, EM),
             FirstStates(),
         ):
             with (
@@ -293,6 +293,7 @@ class EM:
             ):
                 trace, _ = trace_pair(FirstStates()(self.model), None, data, kwargs)
             refuse_drawn_rows(trace)
+            refuse_observations(trace)
             model = MissingValues()(self.model) if missing else self.model
             continuous = continuous_latents(FirstStates()(model), data, kwargs)
             latents = MapLatents(continuous.shared)

@@ -7,17 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
 from torch.distributions import constraints
 
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.arguments import tensors_in
+from lvppl.observations import require_number_each, require_tensor
+from lvppl.tracing import Message, is_masked, sample_sites, support_of
 
 __all__ = [
     "inside_constraints",
     "probing",
     "refuse_drawn_rows",
     "refuse_infinite",
+    "refuse_observations",
     "refuse_unseen_columns",
 ]
 
@@ -62,6 +68,48 @@ def refuse_drawn_rows(trace: poutine.Trace) -> None:
                 "subsample_size out; fit(..., batch_size=...) holds few rows at once, and "
                 "EM(..., online=True) learns from minibatches."
             )
+
+
+def refuse_observations(trace: poutine.Trace) -> None:
+    """Observed values that are no tensors, of another shape than their plate, or out of range."""
+    for site in sample_sites(trace):
+        if site["is_observed"] and not isinstance(site["fn"], Unit):
+            _refuse_observation(site["name"], site["fn"], site["value"], site)
+
+
+def _refuse_observation(name: str, fn: Any, value: Any, site: Message) -> None:
+    require_tensor(site)
+    require_number_each(site)
+    if value.dtype in (torch.float16, torch.bfloat16):
+        raise ProgramError(
+            f"Site '{name}' observes {value.dtype}, in which sums over data have no digits left: "
+            "EM needs float32 or float64. Write y.float()."
+        )
+    if _is_real(fn) and not is_masked(site):
+        _refuse_distances(name, value, fn.event_shape.numel())
+
+
+def _is_real(fn: Any) -> bool:
+    """Whether values may be any number, so that distances between them are squared."""
+    support: Any = support_of(fn)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _refuse_distances(name: str, value: Tensor, num_features: int) -> None:
+    """Values whose squared distances a dtype does not hold: variances are infinite, or zero."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return
+    low, high = value.nan_to_num().aminmax()
+    largest, holds = float(torch.maximum(-low, high)), torch.finfo(value.dtype)
+    least = 1e4 * holds.tiny  # components are narrower than all data
+    if num_features * (2 * largest) ** 2 > holds.max or 0 < largest**2 < least:
+        raise ProgramError(
+            f"Site '{name}' observes values up to {largest:.3g}, whose squared distances "
+            f"{value.dtype} does not hold. Standardise the data, (y - y.mean(0)) / y.std(0), or "
+            "fit in float64: y.double(), with torch.set_default_dtype(torch.float64)."
+        )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lvppl.inference.m_step.floors import Floors
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted
 from lvppl.inference.map_latents import MapLatents
+from lvppl.inference.plate_indices import PlateIndices
 from lvppl.layout import Layout, layout_of
 
 __all__ = ["Batch", "Problem"]
@@ -50,6 +51,7 @@ class Problem:
     missing: str | None = None
     """``"nan"`` where NaN is a missing value."""
     kernels: dict[Any, FastMixture | FastChain | None] = field(default_factory=dict)
+    indices: PlateIndices = field(default_factory=PlateIndices)
     by_data: bool = False
     """Bindings depend on the data (``A[x]``), and are found anew for each batch."""
 
@@ -110,16 +112,22 @@ class Problem:
 
     def fast(self, batch: Batch, mode: Mode, into: Statistics) -> Tensor | None:
         """The E-step by a kernel made for the kind of program; ``None`` where there is none."""
-        if self.by_data or self.m_step.by_gradient:
+        if self.by_data or self.m_step.by_gradient or self._has_regressions:
             return None
         layout = self.layout(batch)
-        sites = traced_sites(self.program, batch, self.kwargs, layout)
+        with self.indices:
+            sites = traced_sites(self.program, batch, self.kwargs, layout)
         key = (id(batch), mode.hard)
         if key not in self.kernels:
             found = [kind.of(sites, layout, self.m_step.bindings, mode) for kind in _KERNELS]
             self.kernels[key] = next((kernel for kernel in found if kernel is not None), None)
         kernel = self.kernels[key]
         return None if kernel is None else kernel(sites, layout, mode, into)
+
+    @cached_property
+    def _has_regressions(self) -> bool:
+        """Locations that are sums of entries, which the kernels do not know: ``loc[z] + shift``."""
+        return any(isinstance(binding, Affine) for binding in self.m_step.bindings.values())
 
     @property
     def _rows(self) -> set[int]:

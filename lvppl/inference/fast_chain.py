@@ -22,8 +22,8 @@ from lvppl.inference.gaussians import Gaussians, add_gaussians, gaussians_of
 from lvppl.inference.m_step.bindings import Binding, Bound, Key
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
-from lvppl.mixtures import MixtureKernel
 from lvppl.layout import Layout
+from lvppl.mixtures import MixtureKernel
 from lvppl.tracing import is_masked
 
 __all__ = ["FastChain"]

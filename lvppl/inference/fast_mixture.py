@@ -20,8 +20,8 @@ from lvppl.inference.gaussians import Gaussians, add_gaussians, gaussians_of, sc
 from lvppl.inference.m_step.bindings import Binding, Bound, Key
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel, unexpanded
-from lvppl.mixtures import MixtureKernel
 from lvppl.layout import Layout
+from lvppl.mixtures import MixtureKernel
 from lvppl.tracing import is_enumerated, is_masked
 
 __all__ = ["FastMixture"]

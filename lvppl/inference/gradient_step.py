@@ -21,6 +21,8 @@ def raise_by_gradient(
 ) -> None:
     """Move unconstrained tensors, in place, to where ``objective`` is larger; never smaller.
 
+    They are where they were if this is interrupted.
+
     Args:
         objective: Q, 0-dim, differentiable in the tensors.
         tensors: leaves that require gradients.
@@ -33,15 +35,24 @@ def raise_by_gradient(
         return
     with torch.no_grad():
         start = float(objective())
+    before = [leaf.detach().clone() for leaf in leaves]
     for first_step in _FIRST_STEPS:
-        best = _Best(start, [leaf.detach().clone() for leaf in leaves])
-        failed = _climb(objective, leaves, best, num_steps, first_step)
-        with torch.no_grad():
-            for leaf, value in zip(leaves, best.values, strict=True):
-                leaf.grad = None
-                leaf.copy_(value)
+        best = _Best(start, before)
+        reached = before
+        try:
+            failed = _climb(objective, leaves, best, num_steps, first_step)
+            reached = best.values
+        finally:  # a line search that is interrupted leaves them at any point
+            _move(leaves, reached)
         if not failed or best.objective > start:
             return
+
+
+def _move(leaves: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for leaf, value in zip(leaves, values, strict=True):
+            leaf.grad = None
+            leaf.copy_(value)
 
 
 @dataclass

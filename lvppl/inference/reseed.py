@@ -32,7 +32,22 @@ class Dead:
 
 def dead_components(m_step: MStep, statistics: Statistics) -> list[Dead]:
     """Rows of locations whose expected number of data is next to nothing."""
-    mass = torch.full((statistics.num_entries,), torch.nan, dtype=torch.float64)
+    mass, counted = _mass(statistics)
+    dead = []
+    for name in m_step.with_role("location"):
+        parameter = m_step.parameters[name]
+        if name in m_step.priors or len(parameter.shape) < 1 or parameter.shape[0] < 2:
+            continue  # with a prior, an empty component belongs at its mode
+        rows = (parameter.part_of(part).reshape(parameter.shape[0], -1) for part in (mass, counted))
+        light, known = next(rows) < _LEAST_MASS, next(rows)
+        dead += [Dead(name, int(row)) for row in (light & known).all(-1).nonzero()]
+    return dead
+
+
+def _mass(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Σ r of each entry that is a location, and whether it is one of those counted here."""
+    mass = torch.zeros(statistics.num_entries, dtype=torch.float64)
+    counted = torch.zeros(statistics.num_entries, dtype=torch.bool)
     for form, cells in statistics.cells.items():
         if form.startswith("mvn"):
             dim = int(form.split()[1])
@@ -43,20 +58,9 @@ def dead_components(m_step: MStep, statistics: Statistics) -> list[Dead]:
             continue
         index, n = index.reshape(-1).cpu(), n.reshape(-1).cpu()
         bound = index >= 0
-        mass[index[bound]] = mass[index[bound]].nan_to_num(0.0)
         mass.index_add_(0, index[bound], n[bound])
-    dead = []
-    for name in m_step.with_role("location"):
-        if name in m_step.priors:
-            continue  # an empty component belongs at its prior
-        parameter = m_step.parameters[name]
-        shape = parameter.value.shape
-        if len(shape) < 1 or shape[0] < 2:
-            continue
-        rows = mass[parameter.offset : parameter.offset + parameter.size].reshape(shape[0], -1)
-        found = (rows < _LEAST_MASS).all(-1) & (rows >= 0).all(-1)
-        dead += [Dead(name, int(row)) for row in found.nonzero()]
-    return dead
+        counted[index[bound]] = True
+    return mass, counted
 
 
 def reseed(problem: Any, dead: list[Dead]) -> None:
@@ -68,26 +72,30 @@ def reseed(problem: Any, dead: list[Dead]) -> None:
     graph = FactorGraph(problem.program, batch, problem.kwargs, problem.layout(batch))
     vectors = list(vectors_of(graph).values())
     for name in {one.parameter for one in dead}:
-        parameter = m_step.parameters[name]
+        parameter, c = m_step.parameters[name], m_step.coefficients(name)
         value = parameter.value.clone()
-        centres = value.reshape(len(value), -1).double()
+        centres = (value * c.to(value)).reshape(len(value), -1).double()
         like = [v.reshape(-1, v.shape[-1]) for v in vectors if v.shape[-1] == centres.shape[1]]
         if not like:
             continue
         rows = torch.cat(like)
+        rows = rows.log() if m_step.is_of_logarithms(name) else rows
         rows = rows[rows.isfinite().all(-1)]
-        spread = rows.std(0, correction=0).clamp(min=torch.finfo(rows.dtype).tiny)
+        spread = rows.std(0, correction=0)
+        varies = spread > 0
         gone = {one.row for one in dead if one.parameter == name}
         for row in sorted(gone):
             living = [k for k in range(len(value)) if k not in gone]
-            if not living or bool((spread <= torch.finfo(spread.dtype).tiny).any()):
+            if not living or not bool(varies.any()):
                 return  # there is nothing to go by
+            # a constant feature counts as one of the mean deviation of the others
+            spread = torch.where(varies, spread, spread[varies].mean())
             distance = torch.cdist(rows / spread, centres[living] / spread).amin(-1)
             centres[row] = rows[distance.argmax()]
             gone = gone - {row}
             _widen(m_step, row, len(value), spread)
             _give_weight(m_step, row, len(value))
-        parameter.set(centres.reshape(value.shape))
+        parameter.set(centres.reshape(value.shape) / c.to(centres))
 
 
 def _widen(m_step: MStep, row: int, count: int, spread: Tensor) -> None:

@@ -23,7 +23,14 @@ INITS = ("model", "kmeans++", "random")
 _SOFTNESS = 0.1
 """Mass that a start leaves to the other states: a count of zero would stay zero for ever."""
 
+_FAR = 1e3
+"""Standard deviations of the data: at its square a variance keeps ten digits of float64."""
 
+Centres = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""Centres (K, features) and standard deviations (features,) by numbers of states and features."""
+
+
+@torch.no_grad()
 def start_of(init: str, problem: Any, settings: Any, seed: int) -> None:
     """Bring the parameters to a start, in place.
 
@@ -35,22 +42,56 @@ def start_of(init: str, problem: Any, settings: Any, seed: int) -> None:
     if init == "model":
         return
     generator = torch.Generator().manual_seed(seed)
+    centres: Centres = {}
+    known = _largest_location(problem)
+    bounded = _maximise_at(init, problem, settings, centres, generator)
+    if _far(known, centres):  # moments about where the parameters were have lost the variances
+        bounded = _maximise_at(init, problem, settings, centres, generator)
+    if not bounded:
+        raise ProgramError(
+            "a start has a component whose variance is zero, so that its density has no bound: its "
+            "data do not differ in a feature, or are no more than their features. EM(floor=1e-6) "
+            "bounds variances; or use fewer states, or covariances that are diagonal or tied."
+        )
+
+
+def _maximise_at(
+    init: str, problem: Any, settings: Any, centres: Centres, generator: torch.Generator
+) -> bool:
+    """An M-step with each datum assigned to its nearest centre; whether no variance is zero."""
     statistics = problem.m_step.statistics(problem.device)
-    centres: dict[tuple[int, int], Tensor] = {}
     hard = settings.mode(0).hard
     for batch in problem.batches:
         layout = problem.layout(batch)
-        with torch.no_grad():
-            graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
+        graph = FactorGraph(problem.program, batch, problem.kwargs, layout)
         q = _assignments(graph, centres, init, generator, hard)
         terms = Expectation.clamped(problem.program, batch, problem.kwargs, layout, q)
         problem.gather(batch, terms, statistics)
-    problem.m_step.maximise(statistics)
+    try:
+        problem.m_step.maximise(statistics)
+    except torch.linalg.LinAlgError:  # the locations were set before
+        return False
+    scales = {name for role in ("scale", "cholesky") for name in problem.m_step.with_role(role)}
+    parameters = [problem.parameters[name] for name in scales]
+    return all(bool(p.constraint.check(p.value).all()) for p in parameters)
+
+
+def _largest_location(problem: Any) -> float:
+    names = problem.m_step.with_role("location")
+    return max((float(problem.parameters[name].value.abs().max()) for name in names), default=0.0)
+
+
+def _far(location: float, centres: Centres) -> bool:
+    """Whether data were so many of their widths from the locations that squares lose digits."""
+    return any(
+        bool((location + chosen.abs().amax(0) > _FAR * width)[width > 0].any())
+        for chosen, width in centres.values()
+    )
 
 
 def _assignments(
     graph: FactorGraph,
-    centres: dict[tuple[int, int], Tensor],
+    centres: Centres,
     init: str,
     generator: torch.Generator,
     hard: bool,
@@ -70,9 +111,11 @@ def _assignments(
     for key, names in groups.items():
         rows = torch.cat([features[n].reshape(-1, key[1]) for n in names])
         if key not in centres:
-            centres[key] = choose_centres(rows, key[0], init, generator)
+            chosen = choose_centres(rows, key[0], init, generator)
+            centres[key] = chosen, rows[rows.isfinite().all(-1)].std(0, correction=0)
         for name in names:
-            q[name] = _nearest(features[name], centres[key], hard)
+            like = graph.run.log_prob(graph.sites[name])  # in the precision of the program
+            q[name] = _nearest(features[name], centres[key][0], hard).to(like)
     return q
 
 

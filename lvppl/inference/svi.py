@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pyro import poutine
@@ -30,6 +30,7 @@ from lvppl.inference.minibatch import (
     transformed,
 )
 from lvppl.inference.optimizers import OptimizerLike, SchedulerLike, check_positive, make_mover
+from lvppl.inference.options import refuse_unknown
 from lvppl.inference.state import FitState, modules_of
 from lvppl.inference.training import Plan, Stop, Training, loss_of
 from lvppl.objectives import ELBO
@@ -81,7 +82,9 @@ class SVI:
         scheduler: SchedulerLike | None = None,
         scheduler_interval: str = "epoch",
         clip_norm: float | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        refuse_unknown(unknown, SVI, SVI.fit)
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program) or isinstance(program, type):
                 raise ProgramError(f"{name} must be a Pyro program (a callable), not {program!r}")
@@ -285,7 +288,7 @@ class SVI:
         with state.active(), seeded(derived_seed(seed, "prepare"), device):
             plates: tuple[str, ...] = ()
             with (
-                explained(data, kwargs, modules, SVI.fit),
+                explained(data, kwargs, modules, SVI.fit, SVI),
                 state.discovering(),
                 state.buffers_preserved(),
             ):
@@ -303,7 +306,7 @@ class SVI:
                     batch = gather(data, index, rows or batch_size)
                 batch = transformed(transform, batch)
                 first_run(self.model, self.guide, batch, kwargs)
-            with state.buffers_preserved(), explained(data, kwargs, modules, SVI.fit):
+            with state.buffers_preserved(), explained(data, kwargs, modules, SVI.fit, SVI):
                 report = check(self.model, self.guide, *batch, strict=strict, **kwargs)
                 programs = set(state.tensors())
                 with scaled_minibatch(plates, rows or 1):

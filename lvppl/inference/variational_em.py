@@ -96,22 +96,21 @@ def alternate(
             phi, theta = _split(guide, state, data, kwargs)
         bound = _Bound(model, guide, data, dict(kwargs), objective, seed, device)
         with state.active(), state.buffers_preserved():
-            run = _climb(bound, phi, theta, max_iter, tol, num_gradient_steps, progress)
-        status, reason, elbo, evidence = run
+            climb = _Climb(bound, phi, theta)
+            climb.run(max_iter, tol, num_gradient_steps, progress)
         state.finish()
     finally:
         state.finish()
-    iterations = (len(elbo) - 1) // 2
     return Fit(
         model=model,
         guide=guide,
         objective=bound.objective,
-        status=status,
-        reason=reason,
+        status=climb.status,
+        reason=climb.reason,
         seed=seed,
-        num_steps=iterations,
-        num_epochs=iterations,
-        history=HalfSteps(elbo, evidence),
+        num_steps=climb.num_iterations,
+        num_epochs=climb.num_iterations,
+        history=HalfSteps(climb.elbo, climb.evidence),
         versions=versions(),
         settings={"batch_size": None, "tol": tol, "device": str(device), "strict": True},
         state=state,
@@ -180,41 +179,68 @@ def _split(
     return phi, theta
 
 
-def _climb(
-    bound: _Bound,
-    phi: list[Tensor],
-    theta: list[Tensor],
-    max_iter: int,
-    tol: float,
-    num_gradient_steps: int,
-    progress: bool,
-) -> tuple[str, str, list[float], list[float]]:
-    elbo, evidence = [bound.value()], [bound.evidence()]
-    num_data = bound.num_data()
-    shown = Progress(max_iter, 0, progress)
-    status, reason = "max_steps", f"all {max_iter} iterations are done"
-    try:
-        for iteration in range(1, max_iter + 1):
-            for tensors in (phi, theta):
-                raise_by_gradient(bound, tensors, num_steps=num_gradient_steps)
-                elbo.append(bound.value())
-                evidence.append(bound.evidence())
-            gain = (elbo[-1] - elbo[-3]) / num_data
-            shown.show(iteration, lambda: f"ELBO {elbo[-1]:.6g} nats")
-            if not math.isfinite(elbo[-1]):
-                status, reason = "diverged", f"the ELBO is {elbo[-1]} in iteration {iteration}"
-                break
-            if gain < tol:
-                status = "converged"
-                reason = (
-                    f"iteration {iteration} gained {gain:.2g} nats per datum, less than tol={tol:g}"
-                )
-                break
-    except KeyboardInterrupt:
-        if len(elbo) % 2 == 0:  # between the half-steps
-            elbo.append(bound.value())
-            evidence.append(bound.evidence())
-        status, reason = "interrupted", f"interrupted after {(len(elbo) - 1) // 2} iterations"
-    finally:
-        shown.close()
-    return status, reason, elbo, evidence
+class _Climb:
+    """Half-steps in turn, and the values after each.
+
+    Attributes:
+        elbo, evidence: before the first half-step and after each, nats; always of one length.
+        status, reason: how it ended.
+    """
+
+    def __init__(self, bound: _Bound, phi: list[Tensor], theta: list[Tensor]) -> None:
+        self.bound, self.halves = bound, (phi, theta)
+        self.elbo, self.evidence = [bound.value()], [bound.evidence()]
+        self.status, self.reason = "running", ""
+
+    def run(self, max_iter: int, tol: float, num_gradient_steps: int, progress: bool) -> None:
+        """Until an iteration gains less than ``tol`` nats per datum, or ``max_iter`` of them."""
+        num_data = self.bound.num_data()
+        shown = Progress(max_iter, 0, progress)
+        try:
+            while self.status == "running":
+                for tensors in self.halves:
+                    self._half_step(tensors, num_gradient_steps)
+                shown.show(self.num_iterations, lambda: f"ELBO {self.elbo[-1]:.6g} nats")
+                self._look(max_iter, tol, num_data)
+        except KeyboardInterrupt:
+            if len(self.elbo) % 2 == 0:  # between the half-steps: an M-step that does nothing
+                self._append(self.elbo[-1], self.evidence[-1])
+            self.status = "interrupted"
+            self.reason = f"interrupted after {self.num_iterations} iterations"
+        finally:
+            shown.close()
+
+    @property
+    def num_iterations(self) -> int:
+        return (len(self.elbo) - 1) // 2
+
+    def _half_step(self, tensors: list[Tensor], num_gradient_steps: int) -> None:
+        """One half-step and its value: both, or neither if it is interrupted."""
+        before = [tensor.detach().clone() for tensor in tensors]
+        try:
+            raise_by_gradient(self.bound, tensors, num_steps=num_gradient_steps)
+            value, evidence = self.bound.value(), self.bound.evidence()
+        except KeyboardInterrupt:
+            with torch.no_grad():
+                for tensor, kept in zip(tensors, before, strict=True):
+                    tensor.copy_(kept)
+            raise
+        self._append(value, evidence)
+
+    def _append(self, value: float, evidence: float) -> None:
+        self.elbo.append(value)
+        self.evidence.append(evidence)
+
+    def _look(self, max_iter: int, tol: float, num_data: int) -> None:
+        iteration = self.num_iterations
+        gain = (self.elbo[-1] - self.elbo[-3]) / num_data
+        if not math.isfinite(self.elbo[-1]):
+            self.status = "diverged"
+            self.reason = f"the ELBO is {self.elbo[-1]} in iteration {iteration}"
+        elif gain < tol:
+            self.status = "converged"
+            self.reason = (
+                f"iteration {iteration} gained {gain:.2g} nats per datum, less than tol={tol:g}"
+            )
+        elif iteration >= max_iter:
+            self.status, self.reason = "max_steps", f"all {max_iter} iterations are done"

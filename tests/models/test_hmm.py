@@ -7,7 +7,6 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
 
 from lvppl.models import (
     BernoulliComponents,
@@ -19,6 +18,7 @@ from lvppl.models import (
     InputHiddenMarkovModel,
     PoissonComponents,
 )
+from tests.pyro_sums import assert_same_gradients, pyro_evidence
 
 # of the spelling whose path is summed out already
 pytestmark = pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
@@ -75,18 +75,6 @@ def _brute_force(π, A, emission, y, lengths=None, mask=None):
     return torch.tensor(np.log(totals))
 
 
-def _loss(model, *data, **options):
-    elbo = TraceEnum_ELBO(max_plate_nesting=1, **options)
-    return elbo.differentiable_loss(model, lambda *data: None, *data)
-
-
-def _assert_same_gradients(a, b, parameters):
-    for first, second in zip(
-        torch.autograd.grad(a, parameters), torch.autograd.grad(b, parameters), strict=True
-    ):
-        torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("lengths, mask", [(None, None), (LENGTHS, None), (LENGTHS, MASK)])
 @pytest.mark.parametrize("name", EMISSIONS)
 def test_both_spellings_sum_over_all_paths(name, lengths, mask):
@@ -96,17 +84,17 @@ def test_both_spellings_sum_over_all_paths(name, lengths, mask):
     torch.testing.assert_close(model.log_evidence(y, lengths, mask).detach(), want, **close)
     torch.testing.assert_close(loop.log_evidence(y, lengths, mask).detach(), want, **close)
     for program in (model, loop):
-        loss = _loss(program, y, lengths, mask)
-        torch.testing.assert_close(-loss.detach(), want.sum(), **close)
+        found = pyro_evidence(program, y, lengths, mask)
+        torch.testing.assert_close(found.detach(), want.sum(), **close)
     emission = list(model.emission.parameters())  # shared
-    _assert_same_gradients(_loss(model, y, lengths, mask), loss, emission)
+    assert_same_gradients(pyro_evidence(model, y, lengths, mask), found, emission)
 
 
 def test_gradients_of_the_chain_agree():
     model, loop, y = _pair("diag")
     for name in ("initial_unconstrained", "transition_unconstrained"):
-        a = torch.autograd.grad(_loss(model, y, LENGTHS, MASK), getattr(model, name))
-        b = torch.autograd.grad(_loss(loop, y, LENGTHS, MASK), getattr(loop, name))
+        a = torch.autograd.grad(pyro_evidence(model, y, LENGTHS, MASK), getattr(model, name))
+        b = torch.autograd.grad(pyro_evidence(loop, y, LENGTHS, MASK), getattr(loop, name))
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
@@ -118,7 +106,7 @@ def test_what_was_not_observed_has_no_influence(name):
     other[filler] = (y[filler] + 1) % (4 if name == "categorical" else 2)
     assert not torch.equal(y, other)
     for program in (model, loop):
-        a, b = (_loss(program, data, LENGTHS, MASK) for data in (y, other))
+        a, b = (pyro_evidence(program, data, LENGTHS, MASK) for data in (y, other))
         assert torch.equal(a, b)
 
 
@@ -142,8 +130,8 @@ def test_without_memory_it_is_a_mixture_of_steps():
 def test_under_a_plate_of_particles(spelling):
     model, loop, y = _pair("full")
     program = model if spelling is HiddenMarkovModel else loop
-    want = -program.log_evidence(y, LENGTHS, MASK).sum()
-    got = _loss(program, y, LENGTHS, MASK, num_particles=3, vectorize_particles=True)
+    want = program.log_evidence(y, LENGTHS, MASK).sum()
+    got = pyro_evidence(program, y, LENGTHS, MASK, particles=3)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
@@ -202,9 +190,9 @@ def test_transitions_driven_by_an_input():
     want = _brute_force(model.initial, driven, model.emission, y, LENGTHS, MASK)
     got = model.log_evidence(x, y, LENGTHS, MASK).detach()
     torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
-    for options in ({}, {"num_particles": 3, "vectorize_particles": True}):
-        loss = _loss(model, x, y, LENGTHS, MASK, **options)
-        torch.testing.assert_close(-loss.detach(), want.sum(), rtol=0, atol=1e-8)
+    for particles in (None, 3):
+        got = pyro_evidence(model, x, y, LENGTHS, MASK, particles=particles).detach()
+        torch.testing.assert_close(got, want.sum(), rtol=0, atol=1e-8)
     drawn = poutine.uncondition(model)(x, torch.zeros_like(y))
     assert drawn.shape == y.shape
 

@@ -3,12 +3,17 @@
 ``weighted.py``    the sites of Q, weighted by the posterior
 ``entries.py``     parameters as rows of entries, and the images distributions see of them
 ``families.py``    the distributions whose maximum is known
-``bindings.py``    which entry is which argument
+``arguments.py``   what an argument of a distribution may be bound to
+``bindings.py``, ``search.py``, ``affine.py``    which entry is which argument: probing
 ``cells.py``, ``statistics.py``    sufficient statistics
+``gathering.py``, ``counts.py``, ``moments.py``, ``least_squares.py``    from sites to statistics
 ``priors.py``      conjugate priors as pseudo-statistics
 ``forms.py``       the maximisers
-``choice.py``, ``table.py``   how each parameter is maximised, and the table that says so
+``choice.py``, ``separation.py``, ``table.py``    how each parameter is maximised: formula or
+                   gradient, jointly or given others; and the table that says so
+``floors.py``, ``bounds.py``    the least variances
 ``plan.py``        one whole M-step
+``averaging.py``   the statistics of online EM
 """
 
 from lvppl.inference.m_step.plan import MStep

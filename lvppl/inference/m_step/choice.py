@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
-from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key, Unbound
+from lvppl.inference.m_step.arguments import Affine, Binding, Bound, Key, Unbound, Use
 from lvppl.inference.m_step.entries import IMAGES, Image, Parameter, Parameters
 from lvppl.inference.m_step.families import family_of
 from lvppl.inference.m_step.floors import Floors
-from lvppl.inference.m_step.priors import is_conjugate
+from lvppl.inference.m_step.priors import is_conjugate, refuse_learned_concentration
 from lvppl.inference.m_step.regressions import groups_of, regrouped
+from lvppl.inference.m_step.separation import Separation
 from lvppl.inference.m_step.table import FORMULA, MStepTable, Step
 from lvppl.inference.m_step.weighted import Weighted, peel
 
-__all__ = ["Choice", "Use"]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One argument of one site in which a parameter stands."""
-
-    site: str
-    argument: str
-    role: str
-    image: Image
+__all__ = ["Choice"]
 
 
 class Choice:
@@ -60,6 +52,7 @@ class Choice:
         self.priors = priors
         self.floor = floor
         self.floors = floors
+        self._log_sites = {t.name for t in terms if isinstance(peel(t).base, td.LogNormal)}
         self._owners = parameters.owners()
         self._names = list(parameters)
         self._roles = {
@@ -72,10 +65,10 @@ class Choice:
         self._group_of = {n: i for i, group in enumerate(self._groups) for n in group.names}
         # where they depend on the data, what is chosen has to hold for every batch
         self._batches = [self._in_groups(b) for b in others] or [self.bindings]
+        for name, term in priors.items():
+            refuse_learned_concentration(term, self._hyperparameters(name))
         self._uses = self._all_uses()
-        self._centres: dict[int, Tensor] = {}
-        self._steps = {name: self._step(name) for name in parameters}
-        self._steps.update(self._beside_gradients())
+        self._steps = self._all_steps()
         self.bindings = self._without_loose(self.bindings)
 
     # ----------------------------------------------------------------------------------- choosing
@@ -88,15 +81,51 @@ class Choice:
     def by_gradient(self) -> list[str]:
         return [name for name, step in self._steps.items() if step.how == "gradient"]
 
+    def image(self, name: str) -> Image:
+        """How distributions see a parameter."""
+        return self._uses[name][0].image
+
+    def with_role(self, role: str) -> list[str]:
+        """Parameters that have a formula in this role."""
+        return [
+            name
+            for name, step in self._steps.items()
+            if step.how in ("closed form", "conditional")
+            and self._uses[name]
+            and self._uses[name][0].role == role
+        ]
+
+    def coefficients(self, name: str) -> Tensor:
+        """c of each entry of a location, where a site has c times it; shaped as the parameter."""
+        by_entry = torch.ones(self.parameters.num_entries, dtype=torch.float64)
+        for use in self._uses[name]:
+            for binding in self._of_use(use, name):
+                bound = binding.index >= 0
+                by_entry[binding.index[bound]] = binding.coefficient[bound]
+        return self.parameters[name].part_of(by_entry)
+
+    def is_of_logarithms(self, name: str) -> bool:
+        """Whether a location is that of the logarithm of data."""
+        return all(use.site in self._log_sites for use in self._uses[name])
+
+    @property
+    def found(self) -> Mapping[Key, Binding]:
+        """What the arguments are bound to, those of parameters that go by gradient too."""
+        return self._batches[0]
+
+    def names_of(self, entries: Tensor) -> list[str]:
+        """The parameters that entries belong to, in their order; -1 belongs to none."""
+        return [self._names[i] for i in self._owners[entries[entries >= 0]].unique().tolist()]
+
     def _all_uses(self) -> dict[str, list[Use]]:
         uses: dict[str, list[Use]] = {name: [] for name in self.parameters}
         for key, binding in self._every_binding():
             if not isinstance(binding, Bound) or binding.image is None:
                 continue
-            for owner in self._owners[binding.index[binding.index >= 0]].unique().tolist():
+            for name in self.names_of(binding.index):
                 use = Use(*key, self._roles[key], binding.image)
-                if use not in uses[self._names[owner]]:
-                    uses[self._names[owner]].append(use)
+                if use not in uses[name]:
+                    uses[name].append(use)
         return uses
 
     def _every_binding(self) -> Iterator[tuple[Key, Binding]]:
@@ -112,6 +141,34 @@ class Choice:
             for b in found
             if isinstance(b, Bound) and bool((self._owners[b.index[b.index >= 0]] == number).any())
         ]
+
+    def _hyperparameters(self, name: str) -> set[str]:
+        """The parameters without a prior that the prior of a latent depends on."""
+        found: set[str] = set()
+        for (site, argument), binding in self._every_binding():
+            if site != name or argument in ("value", "log_prob"):
+                continue
+            if isinstance(binding, Unbound):
+                found |= binding.parameters
+            elif isinstance(binding, Bound):
+                found |= set(self.names_of(binding.index))
+        return found - self.priors.keys()
+
+    def _all_steps(self) -> dict[str, Step]:
+        steps = {name: self._step(name) for name in self.parameters}
+        by_formula = {name for name, step in steps.items() if step.how == "closed form"}
+        latents = frozenset(self.priors)
+        separation = Separation(
+            self.parameters, self._batches, self._roles, self._uses, self._groups, latents
+        )
+        for name in separation.conditional(by_formula):
+            steps[name] = replace(steps[name], how="conditional")
+        self._own_rate = separation.with_own_rate(by_formula)
+        for name in by_formula:
+            role = self._uses[name][0].role if self._uses[name] else ""
+            if role == "concentration" and not self.parameters[name].part_of(self._own_rate).all():
+                steps[name] = replace(steps[name], form=FORMULA["concentration at a rate"])
+        return steps
 
     def _step(self, name: str) -> Step:
         uses = self._uses[name]
@@ -130,32 +187,10 @@ class Choice:
         if why:
             return Step(name, "gradient", "L-BFGS on Q", sites, why)
         role, image = uses[0].role, uses[0].image
-        how = "conditional" if self._is_conditional(name, role, uses) else "closed form"
         formula = FORMULA[role] if image.name == "θ" else f"{image.name} = {FORMULA[role]}"
         if name in self.priors:
             formula += f", with its {type(peel(self.priors[name]).base).__name__} prior"
-        return Step(name, how, formula, sites)
-
-    def _beside_gradients(self) -> dict[str, Step]:
-        """Scales whose location only climbs are the maximum given it, and no more."""
-        climbing = {
-            use.site
-            for name in self.by_gradient
-            for use in self._uses[name]
-            if use.role == "location"
-        } | {key[0] for key, b in self.bindings.items() if self._climbs(b)}
-        return {
-            name: replace(step, how="conditional")
-            for name, step in self._steps.items()
-            if step.how == "closed form"
-            and any(
-                u.role in ("scale", "cholesky") and u.site in climbing for u in self._uses[name]
-            )
-        }
-
-    def _climbs(self, binding: Binding) -> bool:
-        names = self._groups[binding.group].names if isinstance(binding, Affine) else ()
-        return any(self._steps[name].how == "gradient" for name in names)
+        return Step(name, "closed form", formula, sites)
 
     def _in_groups(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
         return regrouped(bindings, self._roles, self._groups, self.parameters)
@@ -180,29 +215,13 @@ class Choice:
             why = "a regression of a MultivariateNormal"
         if why:
             return Step(name, "gradient", "L-BFGS on Q", sites, why)
-        how = "closed form" if self._separates(keys) else "conditional"
-        return Step(name, how, FORMULA["regression"], sites)
+        return Step(name, "closed form", FORMULA["regression"], sites)
 
     def _normal_prior(self, prior: Weighted) -> bool:
         image = IMAGES["location"][0]
         return is_conjugate(prior, "location", image, self.bindings) and not isinstance(
             self.bindings.get((prior.name, "scale_tril")), Bound
         )
-
-    def _separates(self, keys: Sequence[Key]) -> bool:
-        """Whether each coefficient stands under one scale alone, which then cancels."""
-        met: dict[int, set[int]] = {}
-        for key in keys:
-            binding, scale = self.bindings[key], self.bindings.get((key[0], "scale"))
-            if not isinstance(binding, Affine) or not isinstance(scale, Bound):
-                return False
-            used = binding.jacobian != 0
-            full = torch.broadcast_shapes(scale.index.shape, used.shape[:-1])
-            index = scale.index.expand(full)
-            used = used.expand((*full, used.shape[-1]))
-            for column in range(used.shape[-1]):
-                met.setdefault(column, set()).update(index[used[..., column]].unique().tolist())
-        return all(len(scales) <= 1 for scales in met.values())
 
     def _why_not(self, name: str, uses: Sequence[Use], loose: Sequence[Key]) -> str:
         if loose:
@@ -258,50 +277,6 @@ class Choice:
 
     def _family(self, site: str) -> str:
         return "MultivariateNormal" if (site, "scale_tril") in self._roles else "Normal"
-
-    def _is_conditional(self, name: str, role: str, uses: Sequence[Use]) -> bool:
-        """Whether the maximum of Q moves with other parameters."""
-        if role == "location":
-            return not self._under_one_scale(name, uses)
-        if role == "rate":
-            return any((use.site, "concentration") in self._roles for use in uses)
-        if role in ("scale", "cholesky"):
-            return any(
-                isinstance(self.bindings.get((use.site, "loc")), Unbound)
-                or (use.site in self.priors and not self._under_one_scale(use.site))
-                for use in uses
-            )
-        return role == "concentration"
-
-    def _under_one_scale(self, name: str, uses: Sequence[Use] | None = None) -> bool:
-        """Whether each entry of a location meets one scale, times constants: it then cancels."""
-        uses = self._uses[name] if uses is None else uses
-        pairs = []
-        for use in uses:
-            loc = self.bindings[use.site, use.argument]
-            if use.site in self.priors or not isinstance(loc, Bound):
-                return False  # the mean of a latent that moves too
-            pairs.append(self._met(use.site, loc.index))
-        if name in self.priors:
-            parameter = self.parameters[name]
-            own = torch.arange(parameter.size).reshape(parameter.value.shape) + parameter.offset
-            pairs.append(self._met(name, own))
-        met = [pair for pair in pairs if pair is not None]
-        if len(met) < len(pairs):
-            return False
-        together = torch.unique(torch.cat(met), dim=0)
-        return len(together) == len(together[:, 0].unique())
-
-    def _met(self, site: str, entries: Tensor) -> Tensor | None:
-        """Pairs of the entries of a location and of its scale, (pairs, 2); -1 for constants."""
-        matrix = self._family(site) == "MultivariateNormal"
-        scale = self.bindings.get((site, "scale_tril" if matrix else "scale"))
-        if not isinstance(scale, Bound):
-            return None
-        index = scale.index[..., 0, 0].unsqueeze(-1) if matrix else scale.index
-        shape = torch.broadcast_shapes(index.shape, entries.shape)
-        pairs = torch.stack([entries.expand(shape).flatten(), index.expand(shape).flatten()], 1)
-        return torch.unique(pairs[pairs[:, 0] >= 0], dim=0)
 
     def _without_loose(self, bindings: Mapping[Key, Binding]) -> dict[Key, Binding]:
         """Arguments of parameters that go by gradient are constants to the others."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,9 +43,18 @@ class Parameter:
             result: Tensor = transform_to(self.constraint)(self.tensor.detach())
             return result
 
+    @cached_property
+    def shape(self) -> torch.Size:
+        """Of the constrained value."""
+        return self.value.shape
+
     @property
     def size(self) -> int:
-        return self.value.numel()
+        return self.shape.numel()
+
+    def part_of(self, entries: Tensor) -> Tensor:
+        """Of something that every entry has, (entries,), a view of the parameter's own, shaped."""
+        return entries[self.offset : self.offset + self.size].view(self.shape)
 
     def set(self, value: Tensor) -> None:
         """Write a constrained value, in place."""
@@ -156,13 +166,17 @@ class Parameters(Mapping[str, Parameter]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def image(self, image: Image) -> Tensor:
-        """Every entry under an image, float64, (num_entries,); NaN where it does not apply."""
+    def image(self, image: Image, *, elsewhere: float = torch.nan) -> Tensor:
+        """Every entry under an image, float64 on the CPU, (num_entries,).
+
+        Args:
+            elsewhere: the value of entries that the image does not apply to.
+        """
         parts = [torch.zeros(0, dtype=torch.float64)]
         for parameter in self.values():
             value = parameter.value.double()
             applies = image.applies(parameter) and value.numel() > 0
-            mapped = image.forward(value) if applies else torch.full_like(value, torch.nan)
+            mapped = image.forward(value) if applies else torch.full_like(value, elsewhere)
             parts.append(mapped.flatten().to("cpu", torch.float64))
         return torch.cat(parts)
 

@@ -1,20 +1,30 @@
-"""The smallest variance of each scale: a fraction of the variance of the data that it explains."""
+"""The smallest variance of each scale: a fraction of the variance of the data that it explains.
+
+A likelihood has no bound where a density may shrink onto one datum. The parameters that could let
+it are kept away from there, and so are maximised over a smaller set:
+
+=============  ======================================================================
+scale          θ² ≥ floor · variance of the data
+cholesky       eigenvalues of Σ ≥ floor, each feature in units of its own deviation
+concentration  1/α ≥ floor · (variance / mean²) of the data, where the rate is learned
+=============  ======================================================================
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lvppl.conjugate import Nodes
-from lvppl.inference.m_step.bindings import Binding, Bound, Key
+from lvppl.inference.m_step.arguments import Binding, Bound, Key
 from lvppl.inference.m_step.families import family_of
 from lvppl.inference.m_step.weighted import Weighted, peel
 
-__all__ = ["Floors"]
+__all__ = ["Floors", "floored", "least_eigenvalues"]
 
-_SCALES = ("scale", "scale_tril")
+_SHRINK = ("scale", "scale_tril", "concentration")
 
 
 class Floors:
@@ -33,7 +43,7 @@ class Floors:
         for terms in batches:
             for term in terms:
                 roles = getattr(family_of(peel(term).base), "roles", {})
-                if any(name in roles for name in _SCALES) and not isinstance(term.fn, Nodes):
+                if any(name in roles for name in _SHRINK) and not isinstance(term.fn, Nodes):
                     known = self._moments.get(term.name)
                     new = _moments(term)
                     self._moments[term.name] = new if known is None else _joined(known, new)
@@ -48,22 +58,46 @@ class Floors:
         square = mean.square().mean()
         return torch.where(square > 0, square, torch.ones_like(square)).expand(variance.shape)
 
+    def variation(self, site: str) -> Tensor:
+        """The squared coefficient of variation of a site's features, all positive, (*event)."""
+        n, mean, second = self._moments[site]
+        variation = second / n.clamp(min=1) / mean.square()
+        return torch.where((variation > 0) & variation.isfinite(), variation, 1.0)
+
     def of_scales(self, keys: Iterable[Key], bindings: Mapping[Key, Binding], size: int) -> Tensor:
-        """The mean variance of the features that each entry is the scale of, (entries,)."""
-        total, count = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
+        """The median variance of the features that each entry is the scale of, (entries,).
+
+        0 for what is no scale. As a median it follows neither the one feature in other units, nor
+        the far nodes of a latent that scales are divided by.
+        """
+        return self._by_entry(self.variances, keys, bindings, size)
+
+    def of_concentrations(
+        self, keys: Iterable[Key], bindings: Mapping[Key, Binding], size: int
+    ) -> Tensor:
+        """The median squared variation of the features that each entry stands for, (entries,)."""
+        return self._by_entry(self.variation, keys, bindings, size)
+
+    def _by_entry(
+        self,
+        of_site: Callable[[str], Tensor],
+        keys: Iterable[Key],
+        bindings: Mapping[Key, Binding],
+        size: int,
+    ) -> Tensor:
+        entries, values = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
         for site, argument in keys:
             binding = bindings[site, argument]
             if site not in self._moments or not isinstance(binding, Bound):
                 continue
-            variance = self.variances(site).cpu()
-            shape = torch.broadcast_shapes(binding.index.shape, variance.shape)
+            value = of_site(site).cpu()
+            shape = torch.broadcast_shapes(binding.index.shape, value.shape)
             index = binding.index.expand(shape).flatten()
             # of c · entry: the variance at the site is c² times that of the entry
-            own = (variance / binding.coefficient.square()).expand(shape).flatten()
-            bound = index >= 0
-            total.index_add_(0, index[bound], own[bound])
-            count.index_add_(0, index[bound], torch.ones_like(own[bound]))
-        return total / count.clamp(min=1)
+            own = (value / binding.coefficient.square()).expand(shape).flatten()
+            entries.append(index[index >= 0])
+            values.append(own[index >= 0])
+        return _medians(torch.cat(entries), torch.cat(values), size)
 
     def of_covariance(self, keys: Iterable[Key], bindings: Mapping[Key, Binding]) -> Tensor | None:
         """The variances of the features that a covariance is of, (features,)."""
@@ -71,9 +105,20 @@ class Floors:
         for site, argument in keys:
             binding = bindings[site, argument]
             if site in self._moments and isinstance(binding, Bound):
-                c = binding.coefficient[..., 0, 0].square().mean()
+                c = binding.coefficient[..., 0, 0].square().median()
                 found.append(self.variances(site).cpu() / c)
         return torch.stack(found).mean(0) if found else None
+
+
+def _medians(index: Tensor, value: Tensor, size: int) -> Tensor:
+    """The (lower) median of the values of each index, (size,); 0 for an index without any."""
+    order = value.argsort()
+    order = order[index[order].argsort(stable=True)]
+    counts = torch.bincount(index, minlength=size)
+    middle = counts.cumsum(0) - counts + (counts - 1).clamp(min=0) // 2
+    found = torch.zeros(size, dtype=torch.float64)
+    found[counts > 0] = value[order][middle[counts > 0]]
+    return found
 
 
 Moments = tuple[Tensor, Tensor, Tensor]
@@ -104,3 +149,28 @@ def _joined(one: Moments, other: Moments) -> Moments:
     total = (n + m).clamp(min=1)
     gap = others - mean
     return n + m, mean + gap * m / total, second + more + gap.square() * n * m / total
+
+
+def floored(covariance: Tensor, floor: float, width: Tensor) -> Tensor:
+    """Of the Σ whose eigenvalues in units of ``width`` are at least ``floor``, the best for S.
+
+    ln |Σ| + tr(Σ⁻¹ S) is smallest at S itself, and over such Σ where the eigenvalues of S are
+    raised to the floor and its eigenvectors kept.
+
+    Args:
+        covariance: S, (..., D, D) float64.
+        width: a deviation of each feature, (D,).
+    """
+    units = width.unsqueeze(-1) * width
+    covariance = (covariance + covariance.mT) / 2 / units
+    values, vectors = torch.linalg.eigh(covariance)
+    least = max(floor, torch.finfo(covariance.dtype).tiny)
+    raised = (vectors * values.clamp(min=least).unsqueeze(-2)) @ vectors.mT
+    enough = (values >= least).all(-1)[..., None, None]
+    return torch.where(enough, covariance, raised) * units
+
+
+def least_eigenvalues(covariance: Tensor, width: Tensor) -> Tensor:
+    """Of Σ (..., D, D) in units of ``width`` (D,): (...,)."""
+    units = width.unsqueeze(-1) * width
+    return torch.linalg.eigvalsh((covariance + covariance.mT) / 2 / units)[..., 0]

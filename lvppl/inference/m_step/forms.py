@@ -12,10 +12,18 @@ scale          −N ln θ − S / (2 θ²)                            √(S / N)
 cholesky       −N/2 ln |Σ| − ½ tr(Σ⁻¹ S)                       Σ = S / N
 =============  ==============================================  ==================================
 
-Locations come before scales: the second moments are then taken about the new location.
+Locations come before scales: the second moments are then taken about the new location. Where the
+best location itself depends on the scales (one location under two of them, a prior of its own
+width), each is the maximum given the other: expectation conditional maximisation.
+
+An entry that nothing weighs on, a component without data and without a prior, has no maximum: Q is
+flat in it, and it stays where it is. Such entries are told by their weights, which are exactly
+zero. A NaN that came out of the data or of the program is none of them, and goes through.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +32,7 @@ from lvppl.inference.m_step.cells import Cells
 from lvppl.inference.m_step.statistics import Statistics
 
 __all__ = [
+    "Maximum",
     "concentrations",
     "locations",
     "moved",
@@ -40,54 +49,80 @@ __all__ = [
 ]
 
 
-def simplexes(counts: Tensor) -> Tensor:
-    """Rows of counts (..., C) -> rows of probabilities; NaN where a row has no count at all."""
-    return counts / counts.sum(-1, keepdim=True)
+class Maximum(NamedTuple):
+    """Where Q is largest, and in which entries it has a maximum at all: the others stay."""
+
+    value: Tensor
+    exists: Tensor
 
 
-def probabilities(success: Tensor, failure: Tensor) -> Tensor:
-    return success / (success + failure)
+def _ratio(numerator: Tensor, weight: Tensor) -> Maximum:
+    exists = weight != 0
+    return Maximum(numerator / torch.where(exists, weight, 1.0), exists.expand_as(numerator))
 
 
-def rates(power: Tensor, slope: Tensor) -> Tensor:
-    return power / slope
+def simplexes(counts: Tensor) -> Maximum:
+    """Rows of counts (..., C) -> rows of probabilities."""
+    return _ratio(counts, counts.sum(-1, keepdim=True))
 
 
-def concentrations(cells: Cells, num_entries: int, rate_is_free: Tensor) -> Tensor:
-    r"""The root of :math:`\ln α - ψ(α) = s` for each entry, (entries,); NaN where unused.
+def probabilities(success: Tensor, failure: Tensor) -> Maximum:
+    return _ratio(success, success + failure)
 
-    With a rate of its own (maximised jointly) s = ln(Σ r y / n) − Σ r ln y / n; at a fixed rate β
-    the equation is ψ(α) = ln β + Σ r ln y / n.
+
+def rates(power: Tensor, slope: Tensor) -> Maximum:
+    """N / S; nothing weighs on an entry where both are zero."""
+    exists = (power != 0) | (slope != 0)
+    return Maximum(power / torch.where(exists, slope, 1.0), exists)
+
+
+def concentrations(cells: Cells, rate_is_free: Tensor, largest: Tensor) -> Maximum:
+    r"""The root of :math:`\ln α - ψ(α) = s` for each entry, (entries,).
+
+    With a rate of its own (maximised jointly) s = ln(Σ r c y / n) − Σ r ln (c y) / n for rates c β;
+    at a fixed rate β the equation is ψ(α) = ln β + Σ r ln y / n. In both cases Q falls on either
+    side of the root: where that is above ``largest``, it is largest there.
+
+    Source: Minka 2002, "Estimating a Gamma distribution", for the start.
     """
     index = cells.keys[:, 0]
     bound = index >= 0
 
     def total(value: Tensor) -> Tensor:
-        return value.new_zeros(num_entries).index_add_(0, index[bound], value[bound])
+        return torch.zeros_like(largest).index_add_(0, index[bound], value[bound])
 
     n, c = total(cells.values["n"]), cells.reference["coefficient"]
-    target = total(cells.values["log"]) / n
-    mean = total(cells.values["sum"] * c) / n
-    log_rate = total(cells.values["n"] * cells.reference["rate"].log()) / n
-    free = rate_is_free
-    log_c = total(cells.values["n"] * c.log()) / n
-    s = torch.where(free, mean.log() - target - log_c, torch.ones_like(mean))
+    exists = n != 0
+    weight = torch.where(exists, n, 1.0)
+    mean_log = total(cells.values["log"]) / weight
+    mean = torch.where(exists, total(cells.values["sum"] * c) / weight, 1.0)
+    log_rate = total(cells.values["n"] * cells.reference["rate"].log()) / weight
+    log_c = total(cells.values["n"] * c.log()) / weight
+    # where all values are alike, s is zero to rounding and the root at infinity
+    s = (mean.log() - mean_log - log_c).clamp(min=1e-300)
+    alpha = _root(s, log_rate + mean_log, rate_is_free)
+    return Maximum(torch.minimum(alpha, largest), exists)
+
+
+def _root(s: Tensor, psi: Tensor, free: Tensor) -> Tensor:
+    """α with ln α − ψ(α) = s where the rate is free, and with ψ(α) = psi where it is not."""
     start = (3 - s + ((s - 3) ** 2 + 24 * s).sqrt()) / (12 * s)
-    alpha = torch.where(free, start, (log_rate + target).exp().clamp(min=1e-3))
+    alpha = torch.where(free, start, psi.exp().clamp(min=1e-3))
     for _ in range(50):
-        psi, slope = torch.digamma(alpha), torch.polygamma(1, alpha)
-        gap = torch.where(free, alpha.log() - psi - s, log_rate + target - psi)
+        found, slope = torch.digamma(alpha), torch.polygamma(1, alpha)
+        gap = torch.where(free, alpha.log() - found - s, psi - found)
         step = torch.where(free, 1 / alpha - slope, -slope)
         # in ln α: stays positive
         alpha = alpha * (-(gap / (step * alpha)).clamp(-1, 1)).exp()
-    return alpha
+    # a large α leaves no digits of ln α − ψ(α), but then the start is right to 3 / α⁴
+    return torch.where(free & (start > 1e4), start, alpha)
 
 
 # --------------------------------------------------------------------------- locations and scales
 
 
 def locations(cells: Cells, num_entries: int) -> Tensor:
-    """The step from the present to the best location of each entry, (entries,); NaN if unused.
+    """The step from the present to the best location of each entry, (entries,); 0 for none.
 
     δ = Σ c S₁/σ² / Σ c² N/σ². The scales cancel where an entry stands under one scale alone.
     """
@@ -102,8 +137,10 @@ def locations(cells: Cells, num_entries: int) -> Tensor:
     def total(value: Tensor) -> Tensor:
         return value.new_zeros(num_entries).index_add_(0, index[bound], value[bound])
 
-    first = total(c * relative * cells.values["first"])
-    return first / total(c * c * relative * cells.values["n"])
+    step = _ratio(
+        total(c * relative * cells.values["first"]), total(c * c * relative * cells.values["n"])
+    )
+    return torch.where(step.exists, step.value, 0.0)
 
 
 def moved(cells: Cells, step: Tensor) -> Cells:
@@ -111,7 +148,7 @@ def moved(cells: Cells, step: Tensor) -> Cells:
 
     def change(old: Cells) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         index = old.keys[:, 0]
-        there = step.nan_to_num(0.0)[index.clamp(min=0)]
+        there = step[index.clamp(min=0)]
         d = torch.where(index >= 0, old.reference["loc_coefficient"] * there, 0.0)
         n, first, second = (old.values[name] for name in ("n", "first", "second"))
         return (
@@ -122,9 +159,11 @@ def moved(cells: Cells, step: Tensor) -> Cells:
     return cells.updated(change)
 
 
-def scales(n: Tensor, second: Tensor) -> Tensor:
-    """√(S / N), (entries,); NaN where unused."""
-    return (second / n).clamp(min=0).sqrt()
+def scales(n: Tensor, second: Tensor, smallest: Tensor) -> Maximum:
+    """√(S / N), where Q falls on either side of it: not below ``smallest``."""
+    variance = _ratio(second, n)
+    # by rounding, a sum of squares about a mean may come out below zero
+    return Maximum(torch.maximum(variance.value.clamp(min=0).sqrt(), smallest), variance.exists)
 
 
 def scale_totals(cells: Cells, into: Statistics) -> None:
@@ -142,9 +181,22 @@ def regression(cells: Cells) -> tuple[Tensor, Cells]:
     weight = (cells.reference["scale"] / cells.reference["scale"].min()) ** -2
     gram = (cells.values["gram"] * weight[:, None, None]).sum(0)
     gradient = (cells.values["gradient"] * weight[:, None]).sum(0)
-    step = torch.linalg.lstsq(gram, gradient.unsqueeze(-1), driver=_driver(gram)).solution[:, 0]
-
+    step = _least_norm(gram, gradient)
     return step, regression_moved(cells, step)
+
+
+def _least_norm(gram: Tensor, gradient: Tensor) -> Tensor:
+    """The shortest solution of G δ = g, G positive semidefinite, each coefficient in its own units.
+
+    A unit is 1/√G_ii, so that neither the units of a covariate nor the mass of a component decide
+    what is collinear. A coefficient that nothing weighs on (G_ii = 0) has no step.
+    """
+    diagonal = gram.diagonal()
+    unit = torch.where(diagonal == 0, 0.0, diagonal.rsqrt())
+    values, vectors = torch.linalg.eigh(unit[:, None] * gram * unit)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    inverse = torch.where(values > rounding, 1 / values, 0.0)
+    return unit * (vectors @ (inverse * (vectors.mT @ (unit * gradient))))
 
 
 def regression_moved(cells: Cells, step: Tensor) -> Cells:
@@ -159,50 +211,51 @@ def regression_moved(cells: Cells, step: Tensor) -> Cells:
     return cells.updated(change)
 
 
-def _driver(matrix: Tensor) -> str:
-    return "gelsd" if matrix.device.type == "cpu" else "gels"
-
-
 # ------------------------------------------------------------------------------ multivariate normal
 
 
 def mvn_locations(cells: Cells, dim: int) -> tuple[Tensor, Tensor]:
     """Rows of entries (rows, D) and their steps (rows, D): Σ Λ N δ = Σ Λ S₁ over a row's cells.
 
-    Where a row stands under one covariance alone, this is δ = S₁ / N.
+    Where a row stands under one covariance alone, this is δ = S₁ / N. It is 0 for a row that
+    nothing weighs on.
     """
     rows, inverse = torch.unique(cells.keys[:, :dim], dim=0, return_inverse=True)
-    c = cells.reference["loc_coefficient"][:, 0]
-    steps = torch.full((len(rows), dim), torch.nan, dtype=torch.float64, device=rows.device)
-    for i in range(len(rows)):
+    steps = torch.zeros((len(rows), dim), dtype=torch.float64, device=rows.device)
+    for i in (rows >= 0).all(-1).nonzero().squeeze(1).tolist():
         mine = inverse == i
         n, first = cells.values["n"][mine], cells.values["first"][mine]
-        patterns = cells.keys[mine, dim:]
-        constant = bool((patterns[0] < 0).all())
-        one = cells.reference["tril" if constant else "tril_coefficient"][mine]
-        if _same(patterns) and _same(one):
-            steps[i] = (c[mine, None] * first).sum(0) / (c[mine] ** 2 * n).sum()
+        c = cells.reference["loc_coefficient"][mine, 0]
+        if bool((n == 0).all()):
+            continue
+        relative = _relative_precision(cells, mine, dim)
+        if relative is not None:  # the covariance cancels
+            left, right = (c**2 * relative * n).sum(), ((c * relative)[:, None] * first).sum(0)
+            steps[i] = right / left
             continue
         precision = torch.cholesky_inverse(cells.reference["tril"][mine])
-        left = ((c[mine] ** 2 * n)[:, None, None] * precision).sum(0)
-        right = (c[mine, None, None] * precision @ first.unsqueeze(-1)).sum(0)
+        left = ((c**2 * n)[:, None, None] * precision).sum(0)
+        right = (c[:, None, None] * precision @ first.unsqueeze(-1)).sum(0)
         steps[i] = torch.linalg.solve(left, right).squeeze(-1)
     return rows, steps
 
 
-def _same(values: Tensor) -> bool:
-    return bool((values == values[0]).all())
+def _relative_precision(cells: Cells, mine: Tensor, dim: int) -> Tensor | None:
+    """For cells whose covariances are all multiples of one, 1 / the multiples."""
+    patterns, tril = cells.keys[mine, dim:], cells.reference["tril"][mine]
+    if not bool((patterns == patterns[0]).all()):
+        return None
+    if bool((patterns >= 0).any()):
+        return cells.reference["tril_coefficient"][mine] ** -2
+    return torch.ones_like(tril[:, 0, 0]) if bool((tril == tril[0]).all()) else None
 
 
-def mvn_moved(cells: Cells, rows: Tensor, steps: Tensor, dim: int) -> Cells:
-    """The cells about the new locations."""
-    by_entry = torch.zeros(int(rows.max()) + 2, dtype=torch.float64, device=rows.device)
-    keep = rows >= 0
-    by_entry[rows[keep]] = steps[keep].nan_to_num(0.0)
+def mvn_moved(cells: Cells, step: Tensor, dim: int) -> Cells:
+    """The cells about the locations c (θ + step), for a step of each entry, (entries,)."""
 
     def change(old: Cells) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         index = old.keys[:, :dim]
-        d = torch.where(index >= 0, by_entry[index.clamp(min=0)], 0.0)
+        d = torch.where(index >= 0, step[index.clamp(min=0)], 0.0)
         d = d * old.reference["loc_coefficient"]
         n, first, second = (old.values[name] for name in ("n", "first", "second"))
         cross = first.unsqueeze(-1) * d.unsqueeze(-2)

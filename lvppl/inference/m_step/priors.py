@@ -7,20 +7,20 @@ samples it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.inference.m_step.bindings import Binding, Bound, Key
+from lvppl.inference.m_step.arguments import Binding, Bound, Key
 from lvppl.inference.m_step.cells import Cells
 from lvppl.inference.m_step.entries import Image, Parameter
 from lvppl.inference.m_step.statistics import Statistics
 from lvppl.inference.m_step.weighted import Weighted, peel
 
-__all__ = ["add_prior", "add_regression_prior", "is_conjugate"]
+__all__ = ["add_prior", "add_regression_prior", "is_conjugate", "refuse_learned_concentration"]
 
 
 def is_conjugate(term: Weighted, role: str, image: Image, bindings: Mapping[Key, Binding]) -> bool:
@@ -34,6 +34,26 @@ def is_conjugate(term: Weighted, role: str, image: Image, bindings: Mapping[Key,
         loc = bindings.get((term.name, "loc"))
         return isinstance(loc, Bound) and loc.is_constant and isinstance(scale, Bound)
     return all(isinstance(b, Bound) and b.is_constant for b in arguments)
+
+
+def refuse_learned_concentration(term: Weighted, hyperparameters: Collection[str]) -> None:
+    """Raise where a latent of bounded support and its concentration would be maximised together.
+
+    The density of Dirichlet(s m) at θ = m grows like s^((K − 1) / 2) for ever, whatever the data
+    say of θ: no maximum is near.
+
+    Args:
+        hyperparameters: the parameters, themselves without a prior, that the prior depends on.
+    """
+    kind = type(peel(term).base).__name__
+    if kind in ("Dirichlet", "Beta") and hyperparameters:
+        names = ", ".join(map(repr, sorted(hyperparameters)))
+        raise ProgramError(
+            f"The {kind} prior of '{term.name}' has a concentration that depends on {names}. EM "
+            f"maximises over '{term.name}' too, and their joint density has no maximum: it grows "
+            "without bound as the concentration does. Use a number for the concentration, give "
+            f"{names} a prior (pyro.sample), or integrate '{term.name}' under a guide (lvppl.SVI)."
+        )
 
 
 def add_prior(

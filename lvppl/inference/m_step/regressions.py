@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lvppl.inference.m_step.bindings import Affine, Binding, Bound, Key
+from lvppl.inference.m_step.arguments import Affine, Binding, Bound, Key
 from lvppl.inference.m_step.entries import Parameters
 
 __all__ = ["Group", "groups_of", "regrouped"]

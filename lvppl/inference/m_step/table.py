@@ -14,9 +14,10 @@ class Step:
 
     Attributes:
         parameter: its name.
-        how: ``"closed form"`` (the maximum of Q); ``"conditional"`` (the maximum given the other
-            parameters: expectation conditional maximisation); ``"gradient"`` (Q is raised by
-            L-BFGS); ``"fixed"`` (Q does not depend on it).
+        how: ``"closed form"`` (its value at the maximum of Q over all that have a formula, to
+            rounding); ``"conditional"`` (the maximum given the other parameters: expectation
+            conditional maximisation); ``"gradient"`` (Q is raised by L-BFGS); ``"fixed"`` (Q does
+            not depend on it).
         form: what the formula is, in words.
         sites: the sites whose terms of Q it stands in.
         why: for a gradient step, why there is no closed form.
@@ -63,6 +64,7 @@ FORMULA = {
     "probability": "expected successes / trials",
     "rate": "Σ r y / Σ r, as a rate",
     "concentration": "ln α − ψ(α) = ln ȳ − mean of ln y, by Newton",
+    "concentration at a rate": "ψ(α) = ln β + mean of ln y, by Newton",
     "location": "Σ r y / Σ r",
     "regression": "weighted least squares",
     "scale": "√(Σ r (y − μ)² / Σ r)",

@@ -18,7 +18,15 @@ from torch.distributions import Independent as TorchIndependent
 
 from lvppl.conjugate import Nodes
 
-__all__ = ["Peeled", "Weighted", "peel", "sum_to", "unexpanded"]
+__all__ = [
+    "Peeled",
+    "Weighted",
+    "peel",
+    "sum_to",
+    "unexpanded",
+    "weight_total",
+    "weighted_total",
+]
 
 
 @dataclass(frozen=True)
@@ -86,3 +94,24 @@ def sum_to(tensor: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     shape = (1,) * (tensor.dim() - len(shape)) + tuple(shape)
     dims = [i for i in range(tensor.dim()) if shape[i] == 1 and tensor.shape[i] != 1]
     return tensor.sum(dims, keepdim=True) if dims else tensor
+
+
+def weight_total(weight: Tensor, value: Tensor, shape: torch.Size) -> Tensor:
+    """Σ of the weights over everything that an argument of ``shape`` is shared by."""
+    full = torch.broadcast_shapes(weight.shape, value.shape, shape)
+    weight = weight.reshape((1,) * (len(full) - weight.dim()) + weight.shape)
+    target = (1,) * (len(full) - len(shape)) + tuple(shape)
+    repeats = 1
+    for i, size in enumerate(full):
+        if target[i] == 1 and weight.shape[i] == 1:
+            repeats *= size  # the same weight so many times
+    summed = sum_to(weight, target).double() * repeats
+    return summed.expand(target).reshape(shape)
+
+
+def weighted_total(weight: Tensor, value: Tensor, shape: torch.Size) -> Tensor:
+    """Σ of weight × value over everything that an argument of ``shape`` is shared by."""
+    product = weight * value
+    full = torch.broadcast_shapes(product.shape, shape)
+    target = (1,) * (len(full) - len(shape)) + tuple(shape)
+    return sum_to(product.expand(full), target).double().expand(target).reshape(shape)

@@ -1,0 +1,26 @@
+"""How every example begins: the options that it takes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["command_line"]
+
+
+def command_line(
+    text: str, *, out: str, quick: str, seed: str | None = "of the start"
+) -> argparse.Namespace:
+    """``--out``, ``--quick`` and ``--seed``, as they were given.
+
+    Args:
+        text: whose first line says what the example is.
+        out: the folder unless another is named.
+        quick, seed: what these options do; without the latter there is no such option.
+    """
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder to write to")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, for tests")
+    if seed is not None:
+        parser.add_argument("--seed", type=int, default=0, help=seed)
+    return parser.parse_args()
