@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lvppl.conjugate import ConjugateLatents
 from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.inference.fit import Fit, History
+from lvppl.inference.information import num_free
 from lvppl.inference.m_step import MStepTable
 from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.missing import MissingValues
@@ -174,6 +176,34 @@ class EMFit(Fit):
 
         with self._running(data, kwargs) as (program, inside), torch.no_grad():
             return log_evidence(program, *inside, **kwargs)
+
+    @property
+    def num_free(self) -> int:
+        """k, independent real numbers of the parameters; maximised latents (MAP) are among them."""
+        constraints = self.state.constraints()
+        return sum(num_free(value, constraints[name]) for name, value in self.params.items())
+
+    def aic(self, *data: Any, **kwargs: Any) -> float:
+        """Akaike's criterion 2 k − 2 ln p(y), nats; smaller is better. Source: Akaike (1974)."""
+        return 2.0 * self.num_free - 2.0 * float(self.log_evidence(*data, **kwargs))
+
+    def bic(self, *data: Any, **kwargs: Any) -> float:
+        """Schwarz's criterion k ln N − 2 ln p(y), nats, N the number of data; smaller is better.
+
+        :raises ProgramError: the whole data set is one datum, as with one sequence: what N is then
+            is for the reader to say.
+
+        Source: Schwarz (1978), Annals of Statistics 6.
+        """
+        evidence = self.log_evidence(*data, **kwargs)
+        if not evidence.data_plates:
+            raise ProgramError(
+                "bic needs N, the number of data, but no plate is common to all sites: the whole "
+                "data set is one datum. Compute fit.num_free * math.log(N) - "
+                "2 * float(fit.log_evidence(y)) with the N that you mean."
+            )
+        count = evidence.per_datum.numel()
+        return self.num_free * math.log(count) - 2.0 * float(evidence)
 
     def reconstruct(
         self,

@@ -149,11 +149,15 @@ class FitState:
     def constrained(self) -> Values:
         """Copies of the fit's parameters as the program sees them, by name."""
         params, _ = self.values()
-        constraints = self._store["constraints"]
-        if _entered and _entered[-1] is self:
-            constraints = pyro.get_param_store().get_state()["constraints"]
+        constraints = self.constraints()
         with torch.no_grad():
             return {n: transform_to(constraints[n])(v).clone() for n, v in params.items()}
+
+    def constraints(self) -> dict[str, Any]:
+        """The constraint of each parameter, by name."""
+        if _entered and _entered[-1] is self:
+            return dict(pyro.get_param_store().get_state()["constraints"])
+        return dict(self._store["constraints"])
 
     def assign(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Copy values into the running fit, in place.

@@ -239,3 +239,55 @@ def test_a_prompt_shows_what_is_integrated() -> None:
         lvppl.EM(factor).fit(Y.reshape(4, 2), max_iter=1, progress=False).posterior(Y.reshape(4, 2))
     )
     assert repr(posterior).endswith("4 data of plate data; u (4, 1) integrated)")
+
+
+# ------------------------------------------------------------------------- information criteria
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
+def test_information_criteria_are_those_of_scikit_learn(covariance):
+    """From our parameters, by scikit-learn's own count and formula."""
+    from sklearn.mixture import GaussianMixture as Peer
+
+    y = torch.cat([torch.randn(60, 3), torch.randn(40, 3) + 3]).double()
+    model = lvppl.models.GaussianMixture.from_data(y, 2, covariance=covariance, seed=0)
+    fit = lvppl.EM(model, floor=0.0).fit(y, seed=0, max_iter=20, progress=False)
+    peer = Peer(2, covariance_type=covariance, reg_covar=0.0, random_state=0).fit(y.numpy())
+    scale = getattr(model, "scale_tril", None)
+    inverse = torch.linalg.inv(scale).mT if scale is not None else 1 / model.scale
+    peer.weights_, peer.means_ = model.weights.detach().numpy(), model.loc.detach().numpy()
+    peer.precisions_cholesky_ = inverse.detach().numpy()
+    assert fit.num_free == peer._n_parameters()
+    assert fit.bic(y) == pytest.approx(peer.bic(y.numpy()), rel=1e-8)
+    assert fit.aic(y) == pytest.approx(peer.aic(y.numpy()), rel=1e-8)
+
+
+def test_free_numbers_by_constraint():
+    import torch.distributions.constraints as torchs
+    from pyro.distributions import constraints
+
+    from lvppl.inference.information import num_free
+
+    rows = torch.full((4, 5), 0.2)
+    assert num_free(rows, constraints.simplex) == 16
+    assert num_free(rows, torchs.independent(torchs.simplex, 1)) == 16
+    eye = torch.eye(3).expand(2, 3, 3)
+    assert num_free(eye, constraints.positive_definite) == 12
+    assert num_free(eye, constraints.softplus_lower_cholesky) == 12
+    assert num_free(eye, constraints.corr_cholesky) == 6
+    assert num_free(torch.ones(()), constraints.positive) == 1
+
+
+def test_bic_of_one_datum_is_refused():
+    def chain(y):
+        weights = pyro.param("w", torch.ones(2) / 2, dist.constraints.simplex)
+        z = pyro.sample("z", dist.Categorical(weights))
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("steps", len(y)):
+            pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+    y = torch.randn(10)
+    fit = lvppl.EM(chain).fit(y, seed=0, progress=False)
+    with pytest.raises(ProgramError, match="the whole data set is one datum"):
+        fit.bic(y)
+    assert fit.aic(y) == pytest.approx(2 * fit.num_free - 2 * float(fit.log_evidence(y)))
