@@ -11,7 +11,7 @@ import torch
 
 from lvppl.errors import ProgramError
 from lvppl.inference.addressed import AddressedDraws, _mix, _mix_int, _Noise, _signed
-from lvppl.inference.likelihood import log_likelihood
+from lvppl.inference.likelihood import job, log_likelihood
 from lvppl.inference.psis import psis
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -366,7 +366,7 @@ def test_fixed_plate_sizes_run_whole(monkeypatch):
     torch.testing.assert_close(whole.log_prob, same.log_prob, rtol=0, atol=1e-12)
     with pytest.raises(ProgramError, match="batch_size=12"):
         log_likelihood(fixed, y, estimator="naive", num_samples=20, batch_size=5)
-    monkeypatch.setitem(log_likelihood.__globals__["_BUDGET"], "cpu", 200)  # a pass of few rows
+    monkeypatch.setitem(job._BUDGET, "cpu", 200)  # a pass of few rows
     tight = log_likelihood(fixed, y, estimator="naive", num_samples=20, seed=0)
     torch.testing.assert_close(whole.log_prob, tight.log_prob, rtol=0, atol=1e-12)
     small = log_likelihood(model, y, estimator="naive", num_samples=20, seed=0)

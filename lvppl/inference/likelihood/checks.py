@@ -1,0 +1,80 @@
+"""What an estimate of ln p(y) refuses: options, data, weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lvppl.errors import ProgramError
+from lvppl.inference.minibatch import num_rows
+
+__all__ = ["ESTIMATORS", "check_data", "check_options", "check_weights"]
+
+Program = Callable[..., Any]
+
+ESTIMATORS = ("importance", "naive")
+
+
+def check_options(
+    estimator: str,
+    guide: Program | None,
+    num_samples: int,
+    batch_size: int | None,
+    sample_chunk: int | None,
+    bin_width: float | None,
+) -> None:
+    if estimator not in ESTIMATORS:
+        raise ProgramError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}.")
+    if estimator == "importance" and guide is None:
+        raise ProgramError(
+            'estimator="importance" draws z from a guide, and none was given: pass guide=, or '
+            'estimator="naive" to draw from the prior.'
+        )
+    counts = {"num_samples": num_samples, "batch_size": batch_size, "sample_chunk": sample_chunk}
+    for name, value in counts.items():
+        if value is None and name != "num_samples":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ProgramError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if bin_width is not None and not (bin_width > 0 and math.isfinite(bin_width)):
+        raise ProgramError(f"bin_width must be a positive number, got {bin_width!r}.")
+
+
+def check_data(data: tuple[Any, ...]) -> int | None:
+    """Number of rows of the first argument, ``None`` if it is no tensor; bad data are refused."""
+    for i, x in enumerate(data):
+        if not isinstance(x, Tensor):
+            continue
+        if x.numel() == 0:
+            raise ProgramError(
+                f"The data are empty: argument {i} has shape {tuple(x.shape)}. Pass at least one "
+                "row."
+            )
+        bad = ~x.isfinite()
+        if bool(bad.any()):
+            where = bad.reshape(len(bad) if bad.dim() else 1, -1).any(-1).nonzero().flatten()
+            raise ProgramError(
+                f"Argument {i} has NaN or infinite values in {where.numel()} rows "
+                f"({few(where.tolist())}). Remove those rows, or fill their values and mask them."
+            )
+    return num_rows(data)
+
+
+def check_weights(log_weight: Tensor, first_datum: int) -> None:
+    bad = (log_weight.isnan() | (log_weight == math.inf)).any(0)
+    if bool(bad.any()):
+        where = (bad.nonzero().flatten() + first_datum).tolist()
+        kind = "NaN" if bool(log_weight.isnan().any()) else "infinite"
+        raise ProgramError(
+            f"Importance weights are {kind} for {len(where)} data ({few(where)}): at a drawn z "
+            "the model has no finite density, or the guide gives density zero to its own draw. "
+            "Look at these data with lvppl.check; bound scales away from zero, and let the guide "
+            "cover the support of the prior."
+        )
+
+
+def few(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
