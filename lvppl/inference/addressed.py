@@ -80,10 +80,15 @@ class AddressedDraws(Messenger):
             (dims.get(self.data_plate), self.first_datum),
         )
         with _AddressedOperators(noise):
-            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["value"] = self.drawn(msg)
         msg["done"] = True
         if noise.missed:
             self.unaddressed.add(msg["name"])
+
+    def drawn(self, msg: Any) -> Tensor:
+        """A draw of the site, by torch's operators, whose noise is replaced."""
+        value: Tensor = msg["fn"](*msg["args"], **msg["kwargs"])
+        return value
 
 
 class _Noise:

@@ -7,5 +7,6 @@ belief nets).
 """
 
 from lvppl.sweep.evidence import Swept, swept_evidence
+from lvppl.sweep.states import StateSpace
 
-__all__ = ["Swept", "swept_evidence"]
+__all__ = ["StateSpace", "Swept", "swept_evidence"]

@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lvppl.errors import ProgramError
 from lvppl.sweep.bernoulli import BernoulliSum
 from lvppl.sweep.joint import Joint
 from lvppl.sweep.quadratic import Quadratic, probes, quadratic_of
@@ -20,6 +21,7 @@ from lvppl.terms import Terms
 __all__ = ["Swept", "swept_evidence"]
 
 _FEW_STATES = 2**12  # that are run as they are
+_MOST_STATES = {"quadratic": 2**40, "bernoulli": 2**32, "program": 2**26}
 _BLOCK = {"cpu": 2**21}  # numbers that a program makes at once, from its sites
 _BLOCK_ACCELERATOR = 2**27
 
@@ -58,16 +60,27 @@ def swept_evidence(
         progress: show a bar.
 
     Raises:
-        ProgramError: a latent is continuous or without finite support.
+        ProgramError: a latent is continuous or without finite support; there are too many states.
     """
     joint = Joint(model, args, kwargs, data_plate=data_plate)
-    size = joint.space.size
+    size, known = joint.space.size, None
     if joint.space.is_binary and size > _FEW_STATES:
         known = _recognised(joint)
-        if known is not None:
-            form = "quadratic" if isinstance(known, Quadratic) else "bernoulli"
-            return Swept(known.log_sum_exp(), size, form)
-    return Swept(_sweep(joint, progress), size, "program")
+    if known is None:
+        _require_affordable(size, "program")
+        return Swept(_sweep(joint, progress), size, "program")
+    form = "quadratic" if isinstance(known, Quadratic) else "bernoulli"
+    _require_affordable(size, form)
+    return Swept(known.log_sum_exp(), size, form)
+
+
+def _require_affordable(size: int, form: str) -> None:
+    if size > _MOST_STATES[form]:
+        raise ProgramError(
+            f"Each datum has {size:.4g} joint states, and a sweep over more than "
+            f"{_MOST_STATES[form]:.4g} of this kind would take hours. Give the latents a guide and "
+            "use estimator='importance', or let the program show structure (pyro.markov, plates)."
+        )
 
 
 def _sweep(joint: Joint, progress: bool) -> Tensor:

@@ -13,7 +13,7 @@ from lvppl.sweep.states import SetStates, StateSpace, state_space
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import sample_sites, trace_pair, undisturbed
 
-__all__ = ["Joint"]
+__all__ = ["Joint", "states_of"]
 
 
 class Joint:
@@ -34,9 +34,7 @@ class Joint:
         self.layout: Layout = layout_of(
             model, None, args, kwargs, with_particles=True, data_plate=data_plate
         )
-        with undisturbed(), torch.no_grad():
-            trace, _ = trace_pair(model, None, args, kwargs)
-        self.space: StateSpace = state_space(sample_sites(trace), self.layout)
+        self.space = states_of(model, args, kwargs, self.layout)
 
     def terms(self, digits: Tensor) -> Terms:
         """The terms of the states with these digits, (particles, E)."""
@@ -62,3 +60,16 @@ class Joint:
     def of(terms: Terms) -> Tensor:
         """ln p(z, y) of terms whose guide is the prior."""
         return terms.log_weight + terms.log_guide_drawn
+
+
+def states_of(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+) -> StateSpace:
+    """The joint states of a program's latents.
+
+    Raises:
+        ProgramError: a latent is continuous or has no finite support, by site.
+    """
+    with undisturbed(), torch.no_grad():
+        trace, _ = trace_pair(model, None, args, kwargs)
+    return state_space(sample_sites(trace), layout)

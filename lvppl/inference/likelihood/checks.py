@@ -15,7 +15,7 @@ __all__ = ["ESTIMATORS", "check_data", "check_options", "check_weights"]
 
 Program = Callable[..., Any]
 
-ESTIMATORS = ("importance", "naive")
+ESTIMATORS = ("exact", "importance", "naive", "prior", "uniform")
 
 
 def check_options(
@@ -31,7 +31,7 @@ def check_options(
     if estimator == "importance" and guide is None:
         raise ProgramError(
             'estimator="importance" draws z from a guide, and none was given: pass guide=, or '
-            'estimator="naive" to draw from the prior.'
+            'estimator="prior" to draw from the prior.'
         )
     counts = {"num_samples": num_samples, "batch_size": batch_size, "sample_chunk": sample_chunk}
     for name, value in counts.items():

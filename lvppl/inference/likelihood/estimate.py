@@ -13,6 +13,9 @@ from lvppl.inference.psis import khat_threshold, tail_size
 __all__ = ["LikelihoodEstimate"]
 
 
+_SOURCES = {"importance": "guide", "prior": "prior", "uniform": "states, all alike"}
+
+
 @dataclass(frozen=True, eq=False)
 class LikelihoodEstimate:
     """ln p(y) of each datum as estimated from S draws, in nats, with its reliability.
@@ -30,9 +33,9 @@ class LikelihoodEstimate:
     khat: Tensor
     """Pareto shape of the weights' tail; see :func:`lvppl.inference.psis.psis`."""
     num_samples: int
-    """S, draws per datum."""
+    """S, draws per datum; 0 for exact sums."""
     estimator: str
-    """``"importance"`` or ``"naive"``."""
+    """``"importance"``, ``"prior"``, ``"uniform"`` or ``"exact"``."""
     seed: int
     """Gives the same numbers again."""
     num_discrete: int = 0
@@ -117,7 +120,7 @@ class LikelihoodEstimate:
     @property
     def khat_threshold(self) -> float:
         """min(1 - 1 / log10 S, 0.7): above it neither estimate nor standard error is reliable."""
-        return khat_threshold(self.num_samples)
+        return khat_threshold(self.num_samples) if self.num_samples else math.inf
 
     @property
     def flagged(self) -> Tensor:
@@ -126,11 +129,11 @@ class LikelihoodEstimate:
 
     def summary(self) -> str:
         """A few lines to read."""
-        source = "prior" if self.estimator == "naive" else "guide"
         number = self.num_data
+        drawn = f", {self.num_samples} draws each from the {_SOURCES[self.estimator]}"
         lines = [
-            f"ln p(y), {self.estimator}: {number} {'datum' if number == 1 else 'data'}, "
-            + f"{self.num_samples} draws each from the {source}",
+            f"ln p(y), {self.estimator}: {number} {'datum' if number == 1 else 'data'}"
+            + (drawn if self.num_samples else ""),
             f"  mean per datum  {self.mean:.4f} ± {self.mean_std_error:.2g} nats",
             f"  total           {self.total:.4f} ± {self.total_std_error:.2g} nats",
         ]
@@ -140,6 +143,8 @@ class LikelihoodEstimate:
             lines.append(
                 f"  bits per dim    {self.bits_per_dim:.5f} ± {self.bits_per_dim_std_error:.2g}"
             )
+        if self.num_samples == 0:
+            return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
         lines.append(
             f"  effective draws {float(self.ess.median()):.1f} in the median, "
             f"{float(self.ess.min()):.1f} at worst"

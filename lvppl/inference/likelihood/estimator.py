@@ -9,8 +9,10 @@ the datum and the sample, never on how data and samples are cut into chunks.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ import torch
 from lvppl.errors import ProgramError
 from lvppl.inference.likelihood.checks import check_data, check_options
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
+from lvppl.inference.likelihood.exact import exact_sum, finite_states
 from lvppl.inference.likelihood.job import Job, plan_of, run
+from lvppl.inference.likelihood.proposals import Proposal, importance, prior, uniform
+from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.psis import tail_size
 from lvppl.seeding import checked_seed
 
@@ -58,8 +63,11 @@ def log_likelihood(
         *data: arguments of the program. Where all latents are local, tensors with as many rows as
             the first argument are cut into chunks of rows together, and everything else is passed
             whole, as in minibatches. With global latents the data set is one datum, kept whole.
-        guide: q(z | y), a Pyro program of the same signature; not used by ``"naive"``.
-        estimator: ``"importance"`` (r is the guide) or ``"naive"`` (r is the prior).
+        guide: q(z | y), a Pyro program of the same signature; used by ``"importance"`` alone.
+        estimator: ``"importance"``: r is the guide; ``"prior"``: r is p(z); ``"uniform"``: r is
+            uniform on a finite support; ``"naive"``: uniform where the support is finite, else the
+            prior, and the record says which; ``"exact"``: the sum itself, by variable elimination
+            or over every state.
         num_samples: S, draws per datum.
         batch_size: most rows in one pass of the programs; chosen for memory and speed by default.
         sample_chunk: most draws per datum in one pass.
@@ -90,33 +98,94 @@ def log_likelihood(
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
     rows = check_data(data)
     seed = checked_seed(seed)
-    proposal = guide if estimator == "importance" else None
-    job = Job(model, proposal, data, kwargs, rows, seed, data_plate)
+    proposal = _proposal(estimator, model, guide, data, kwargs, data_plate)
+    job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
     with torch.no_grad():
-        plan = plan_of(job, num_samples, batch_size, sample_chunk)
-        sums = run(job, plan, num_samples, progress)
-    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
-    if bin_width is not None and continuous == 0:
+        if proposal is None:
+            found = _exactly(job, batch_size, progress)
+        else:
+            found = _sampled(job, num_samples, batch_size, sample_chunk, progress)
+    if bin_width is not None and found.num_continuous == 0:
         raise ProgramError(
             "bin_width turns densities into probabilities, but every observed site is discrete and "
             "has probabilities already. Leave bin_width out."
         )
-    estimate = LikelihoodEstimate(
+    estimate = replace(found, bin_width=bin_width)
+    if estimator == "importance":
+        warn(estimate)
+    return estimate
+
+
+def _proposal(
+    estimator: str, model: Program, guide: Program | None, data: Any, kwargs: Any, data_plate: Any
+) -> Proposal | None:
+    """Where draws come from; ``None`` for an exact sum."""
+    if estimator == "exact":
+        return None
+    if estimator == "importance":
+        assert guide is not None
+        return importance(guide)
+    if estimator == "prior":
+        return prior()
+    space = finite_states(model, data, kwargs, data_plate)
+    if space is not None:
+        return uniform(space)
+    if estimator == "naive":
+        return prior()
+    raise ProgramError(
+        'estimator="uniform" draws z from a finite support, but a latent of the model has '
+        'none, or there is no latent. Use estimator="prior" or "importance".'
+    )
+
+
+def _sampled(
+    job: Job, num_samples: int, batch_size: int | None, sample_chunk: int | None, progress: bool
+) -> LikelihoodEstimate:
+    plan = plan_of(job, num_samples, batch_size, sample_chunk)
+    sums = run(job, plan, num_samples, progress)
+    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
+    return LikelihoodEstimate(
         log_prob=torch.cat([part.log_prob for part in sums]),
         std_error=torch.cat([part.std_error for part in sums]),
         ess=torch.cat([part.ess for part in sums]),
         khat=torch.cat([part.khat for part in sums]),
         num_samples=num_samples,
-        estimator=estimator,
-        seed=seed,
+        estimator=job.proposal.name,
+        seed=job.seed,
         num_discrete=discrete,
         num_continuous=continuous,
-        bin_width=bin_width,
         notes=job.notes(plan.layout),
     )
-    if estimator == "importance":
-        warn(estimate)
-    return estimate
+
+
+def _exactly(job: Job, batch_size: int | None, progress: bool) -> LikelihoodEstimate:
+    rows = job.rows or 1
+    size = batch_size or rows
+    found = [
+        exact_sum(
+            job.model,
+            job.cut(start, min(start + size, rows)),
+            job.kwargs,
+            data_plate=job.data_plate,
+            progress=progress,
+        )
+        for start in range(0, rows, size)
+    ]
+    log_prob = torch.cat([part.log_prob for part in found])
+    zero = torch.zeros_like(log_prob)
+    discrete, continuous = observed_sizes(job.run(0, rows))
+    return LikelihoodEstimate(
+        log_prob=log_prob,
+        std_error=zero,
+        ess=zero + math.inf,
+        khat=zero - math.inf,
+        num_samples=0,
+        estimator="exact",
+        seed=job.seed,
+        num_discrete=discrete,
+        num_continuous=continuous,
+        notes=(found[0].how,),
+    )
 
 
 def warn(estimate: LikelihoodEstimate) -> None:

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from lvppl.checks import check
 from lvppl.errors import ProgramError
-from lvppl.inference.addressed import AddressedDraws
 from lvppl.inference.likelihood.checks import check_weights
+from lvppl.inference.likelihood.proposals import Proposal
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.inference.minibatch import gather
@@ -37,7 +37,7 @@ class Job:
     """A (model, proposal, data) triple, run on some rows and samples at a time."""
 
     model: Program
-    proposal: Program | None
+    proposal: Proposal
     data: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: int | None
@@ -56,7 +56,7 @@ class Job:
         self, start: int, stop: int, *, first_sample: int = 0, particles: int = 1, plate: Any = None
     ) -> Terms:
         """Terms of draws numbered from ``first_sample`` for rows start:stop."""
-        draws = AddressedDraws(self.seed, plate, start, first_sample, self.unaddressed)
+        draws = self.proposal.draws(self.seed, plate, start, first_sample, self.unaddressed)
         # For randomness that no address reaches: no two passes share it.
         other = derived_seed(self.seed, f"ln p(y), rows {start}, draws {first_sample}")
         device = self.data[0].device if self.rows is not None else None
@@ -64,7 +64,7 @@ class Job:
             with seeded(other, device), draws:
                 terms = trace_terms(
                     self.model,
-                    self.proposal,
+                    self.proposal.guide,
                     self.cut(start, stop),
                     self.kwargs,
                     num_particles=particles,
@@ -142,7 +142,7 @@ def _probe(job: Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
     terms = job.run(0, probed)
     layout = layout_of(
         job.model,
-        job.proposal,
+        job.proposal.guide,
         job.cut(0, probed),
         job.kwargs,
         with_particles=num_samples > 1,
@@ -156,23 +156,23 @@ def _probe(job: Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
 def _check_assumptions(job: Job, probed: int) -> None:
     """Refuse what has no density, and a prior that cannot be sampled where it is to be."""
     # Not strictly: an observation of probability zero is honest here, its ln p(y) minus infinity.
-    report = check(job.model, job.proposal, *job.cut(0, probed), strict=False, **job.kwargs)
+    report = check(job.model, job.proposal.guide, *job.cut(0, probed), strict=False, **job.kwargs)
     report.require(computable=True)
-    if job.proposal is not None:
+    if job.proposal.guide is not None:
         with undisturbed():
             data = job.cut(0, probed)
-            terms = trace_terms(job.model, job.proposal, data, job.kwargs, strict=False)
+            terms = trace_terms(job.model, job.proposal.guide, data, job.kwargs, strict=False)
         points = terms.has_point()
         if points:
             raise ProgramError(
                 f"The guide holds '{points[0]}' at a point of a continuous space: it does not "
                 "cover the posterior, and one point gives ln p(y, z), not ln p(y). Use a guide "
-                "with a density, such as AutoNormal, or estimator='naive'."
+                "with a density, such as AutoNormal, or estimator='prior'."
             )
-    for row in report.rows if job.proposal is None else ():
+    for row in report.rows if job.proposal.name == "prior" else ():
         if row.role != "observed" and not row.samplable:
             raise ProgramError(
-                f'estimator="naive" draws z from the prior, which cannot be sampled: {row.reason} '
+                f'estimator="prior" draws z from the prior, which cannot be sampled: {row.reason} '
                 'Use estimator="importance" with a guide.'
             )
 
@@ -229,10 +229,11 @@ def run(job: Job, plan: Plan, num_samples: int, progress: bool) -> list[WeightSu
                 terms = job.run(
                     start, stop, first_sample=sample, particles=particles, plate=plan.plate
                 )
-                check_weights(terms.log_weight, start)
+                log_weight = job.proposal.log_weight(terms)
+                check_weights(log_weight, start)
                 if sample == 0:
                     sums.observed = observed_sizes(terms)
-                sums.add(terms.log_weight)
+                sums.add(log_weight)
                 bar.update((stop - start) * particles)
             results.append(sums)
     return results
