@@ -130,7 +130,7 @@ class LikelihoodEstimate:
     def summary(self) -> str:
         """A few lines to read."""
         number = self.num_data
-        drawn = f", {self.num_samples} draws each from the {_SOURCES[self.estimator]}"
+        drawn = f", {self.num_samples} draws each from the {_SOURCES.get(self.estimator)}"
         lines = [
             f"ln p(y), {self.estimator}: {number} {'datum' if number == 1 else 'data'}"
             + (drawn if self.num_samples else ""),

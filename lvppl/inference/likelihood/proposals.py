@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Categorical
 from torch import Tensor
 
 from lvppl.inference.addressed import AddressedDraws
@@ -82,6 +81,5 @@ class _UniformDraws(AddressedDraws):
             return super().drawn(msg)
         fn, support = msg["fn"], latent.support
         elements = fn.batch_shape + fn.event_shape[: latent.event_dims]
-        even = Categorical(torch.ones(len(support), device=support.device))
-        index: Tensor = even.expand(elements)()
-        return support[index]
+        where = torch.rand(elements, dtype=torch.float64, device=support.device)
+        return support[(where * len(support)).long().clamp_(max=len(support) - 1)]
