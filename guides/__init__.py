@@ -6,15 +6,19 @@ latents. For a guide derived from any model, Pyro has ``pyro.infer.autoguide``.
 """
 
 from .amortized import AmortizedNormal
+from .bernoulli_layers import AmortizedBernoulliLayers
 from .encoders import ConvEncoder, DenseEncoder
 from .flow import AmortizedFlow
 from .full_covariance import AmortizedMultivariateNormal
+from .gaussian_layers import AmortizedGaussianLayers
 from .mean_field import MeanField
 from .per_datum import PerDatumNormal
 from .point import AmortizedPoint, AmortizedUniformNoise
 
 __all__ = [
+    "AmortizedBernoulliLayers",
     "AmortizedFlow",
+    "AmortizedGaussianLayers",
     "AmortizedMultivariateNormal",
     "AmortizedNormal",
     "AmortizedPoint",

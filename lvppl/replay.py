@@ -69,7 +69,9 @@ class Replay:
     ``_evidence``          ln Σ over enumerated values of the product of the summed factors
     ``_observed_apart``    ln p of the observed sites that are not summed + _evidence
     ``_prior_drawn``       ln p of the drawn latents that are not summed
-    ``log_weight``         _observed_apart + _prior_drawn − log_guide_drawn
+    ``log_prior_drawn``    ln p of the drawn latents, ln Σ over enumerated values of p(latents)
+    ``log_joint_drawn``    _observed_apart + _prior_drawn
+    ``log_weight``         log_joint_drawn − log_guide_drawn
     =====================  ==================================================================
 
     Args:
@@ -438,11 +440,24 @@ class Replay:
         apart = [self._term(s) for s in self.observed_sites if s["name"] not in self._summed]
         return self._sum(apart) + self._evidence if self._summed else self._sum(apart)
 
+    @property
+    def log_joint_drawn(self) -> Tensor:
+        return self._observed_apart + self._prior_drawn
+
+    @property
+    def log_prior_drawn(self) -> Tensor:
+        if not self._summed:
+            return self._prior_drawn
+        assert self.enumeration is not None
+        factors = self.enumeration.factors
+        latents = {role: pair for role, pair in factors.items() if not pair[0]["is_observed"]}
+        return self._prior_drawn + Enumerated(latents, self.layout).log_evidence(self.shape)
+
     @cached_property
     def log_weight(self) -> Tensor:
         if self._enumerated_in_guide:
             return self._summed_weight()
-        return self._observed_apart + self._prior_drawn - self.log_guide_drawn
+        return self.log_joint_drawn - self.log_guide_drawn
 
     def _summed_weight(self) -> Tensor:
         """ln Σ_z p(y, z, x) / q(x | z) over the guide's enumerated z: the sum is exact."""

@@ -158,6 +158,16 @@ class Terms:
         return self._stack("log_guide_drawn")
 
     @cached_property
+    def log_prior_drawn(self) -> Tensor:
+        """ln p(z) of the guide's own sites, with what the model enumerates summed out."""
+        return self._stack("log_prior_drawn")
+
+    @cached_property
+    def log_joint_drawn(self) -> Tensor:
+        """ln p(y, z) of the guide's own sites, with what the model enumerates summed out."""
+        return self._stack("log_joint_drawn")
+
+    @cached_property
     def log_weight(self) -> Tensor:
         """ln w = ln p(y, z) − ln q(z | y) with enumerated sites summed out: E_q w = p(y)."""
         return self._stack("log_weight")

@@ -7,6 +7,7 @@ plate of particles, in float32 and float64 and on any device (``model.double()``
 ``pyro.poutine.uncondition(model)`` samples the data as well.
 """
 
+from .autoregressive import MADE, PixelCNN
 from .components import (
     BernoulliComponents,
     CategoricalComponents,
@@ -16,6 +17,7 @@ from .components import (
 )
 from .gaussian import FactorAnalysis, HierarchicalNormal, NormalNormal, ProbabilisticPCA
 from .hmm import HiddenMarkovLoop, HiddenMarkovModel, InputHiddenMarkovModel
+from .iwae import GaussianLayers
 from .mixture import (
     BernoulliMixture,
     GaussianMixture,
@@ -24,6 +26,7 @@ from .mixture import (
     StudentTMixture,
 )
 from .naive_bayes import NaiveBayes
+from .sigmoid_belief import SigmoidBeliefNet
 from .topic import LatentDirichletAllocation, ProbabilisticLSA, words_from_counts
 from .vae import (
     VAE,
@@ -37,6 +40,7 @@ from .vae import (
 )
 
 __all__ = [
+    "MADE",
     "VAE",
     "BernoulliComponents",
     "BernoulliLikelihood",
@@ -48,6 +52,7 @@ __all__ = [
     "DiscretizedLogisticLikelihood",
     "FactorAnalysis",
     "GaussianComponents",
+    "GaussianLayers",
     "GaussianLikelihood",
     "GaussianMixture",
     "GaussianMixtureComponents",
@@ -59,10 +64,12 @@ __all__ = [
     "MixtureOfExperts",
     "NaiveBayes",
     "NormalNormal",
+    "PixelCNN",
     "PoissonComponents",
     "PoissonMixture",
     "ProbabilisticLSA",
     "ProbabilisticPCA",
+    "SigmoidBeliefNet",
     "StudentTMixture",
     "shallow_gaussian",
     "words_from_counts",

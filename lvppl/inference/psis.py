@@ -18,11 +18,13 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 
-__all__ = ["khat_from_tail", "khat_threshold", "psis", "tail_size"]
+__all__ = ["MIN_TAIL", "khat_from_tail", "khat_threshold", "psis", "tail_size"]
+
+MIN_TAIL = 5
+"""Fewer points above the cutoff are not enough for a fit."""
 
 _PRIOR_SCALE = 3.0  # of the grid of b = k / sigma, in quartiles of the tail
 _PRIOR_COUNT = 10  # samples that the weak prior k = 1/2 is worth
-_MIN_TAIL = 5  # fewer points above the cutoff are not enough for a fit
 _BLOCK = 2**22  # elements held at once by the fit
 _ROUNDING = 1000.0  # spreads of all log weights below this many rounding units are no spread
 _TIE = 100.0  # the same for the tail alone, which may be narrow and still have a shape
@@ -137,7 +139,7 @@ def _is_flat(tail: Tensor, smallest: Tensor, num_samples: int, epsilon: float) -
         return torch.zeros_like(largest, dtype=torch.bool)
     unit = epsilon * largest.abs().clamp(min=1.0)
     equal = largest - smallest <= _ROUNDING * unit
-    if tail_size(num_samples) < _MIN_TAIL:
+    if tail_size(num_samples) < MIN_TAIL:
         return equal
     return equal | (largest - tail[:, 0] <= _TIE * unit)
 
@@ -164,7 +166,7 @@ def _smooth_block(ordered: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
     count = in_tail.sum(-1)
     excess = (relative.exp() - cutoff.exp()).where(in_tail, torch.zeros_like(relative))
     khat, sigma = _fit_pareto(excess, count)
-    fitted = (count >= _MIN_TAIL) & khat.isfinite() & (sigma > 0) & ~flat
+    fitted = (count >= MIN_TAIL) & khat.isfinite() & (sigma > 0) & ~flat
 
     start = (ordered.shape[1] - count).unsqueeze(-1)  # the tail is the last `count` entries
     position = torch.arange(ordered.shape[1], dtype=ordered.dtype, device=ordered.device) - start

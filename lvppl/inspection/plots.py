@@ -6,6 +6,7 @@ global state alone, and returns the axes; ``ax.figure.savefig(...)`` writes the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from lvppl.errors import ProgramError
@@ -26,6 +27,7 @@ __all__ = [
     "image_grid",
     "latent_plane",
     "likelihood_comparison",
+    "likelihood_convergence",
     "reconstructions",
     "training_curve",
 ]
@@ -322,7 +324,105 @@ def likelihood_comparison(
     return ax
 
 
+def likelihood_convergence(
+    estimates: Mapping[str, Any],
+    ax: Axes | None = None,
+    *,
+    exact: Any = None,
+) -> Axes:
+    """Draw estimates of ln p(y) against the number of draws, in nats per datum.
+
+    A line is the mean over the data after 2, 4, 8 ... draws; its band is two Monte Carlo standard
+    errors either side, 2 sqrt(sum of squared standard errors) / data. ln of an unbiased estimate
+    is biased low, so that lines rise to ln p(y).
+
+    Args:
+        estimates: name -> record with ``trajectory`` (``num_samples`` (prefixes,), ``log_prob``
+            and ``std_error`` (prefixes, data)), as ``log_likelihood(..., trajectory=True)`` gives.
+        ax: axes to draw in.
+        exact: the exact ln p(y) per datum, a number or (data,); drawn as a line.
+
+    Raises:
+        ProgramError: nothing to draw, or an estimate without a trajectory.
+    """
+    if not estimates:
+        raise ProgramError("nothing to draw: pass at least one estimate")
+    ax = _axes(ax, (6.4, 3.8))
+    ends = []
+    for i, (name, estimate) in enumerate(estimates.items()):
+        number, mean, half = _trajectory(name, estimate)
+        colour, marker = COLOURS[i % 6], MARKERS[i % len(MARKERS)]
+        known = np.isfinite(mean) & np.isfinite(half)
+        low, high = (mean - half)[known], (mean + half)[known]
+        ax.fill_between(number[known], low, high, color=colour, alpha=0.16, linewidth=0)
+        ax.plot(number, mean, color=colour, marker=marker, markersize=4.5, linewidth=1.6)
+        ends.append((name, float(mean[-1]), colour))
+    _log_counts(ax)
+    if exact is not None:
+        level = float(_array(exact).mean())
+        ax.axhline(level, color=INK, linewidth=1.2, linestyle="--", zorder=1)
+        ends.insert(0, ("exact", level, INK))
+    _name_ends(ax, ends)
+    _label(ax, "draws per datum", "ln p(y), nats per datum\n(± two standard errors)")
+    return ax
+
+
 # --------------------------------------------------------------------------------------------------
+
+
+def _trajectory(name: str, estimate: Any) -> tuple[Array, Array, Array]:
+    """Numbers of draws, the mean over data there, and two standard errors of it."""
+    path = getattr(estimate, "trajectory", None)
+    if path is None:
+        raise ProgramError(
+            f"'{name}' holds the estimate from all its draws only: use "
+            "log_likelihood(..., trajectory=True) to keep it from 2, 4, 8 ... draws as well"
+        )
+    log_prob, error = _array(path.log_prob), _array(path.std_error)
+    half = 2 * np.sqrt((error**2).sum(-1)) / log_prob.shape[-1]
+    return _array(path.num_samples), log_prob.mean(-1), half
+
+
+def _log_counts(ax: Axes) -> None:
+    """A logarithmic axis of whole numbers, written out."""
+    ax.set_xscale("log")
+    ax.margins(x=0.02)
+    first, last = ax.get_xlim()
+    subdivisions = (1.0,) if last > 200 * first else (1.0, 2.0, 5.0)
+    ax.xaxis.set_major_locator(LogLocator(subs=subdivisions))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
+    """Names at the right of the axes, at the height where each line ends, none on another."""
+    low, high = ax.get_ylim()
+    gap = 0.065 * (high - low)
+    heights = [min(max(value, low), high) for _, value, _ in ends]
+    for _ in range(200):  # neighbours push each other apart
+        order = np.argsort(heights, kind="stable")
+        moved = False
+        for below, above in itertools.pairwise(order):
+            overlap = gap - (heights[above] - heights[below])
+            if overlap > 1e-9 * gap:
+                heights[below] -= overlap / 2
+                heights[above] += overlap / 2
+                moved = True
+        if not moved:
+            break
+    for (name, value, colour), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            f"{name}  {value:,.2f}".replace("-", "−"),
+            xy=(1.0, height),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(8, 0),
+            textcoords="offset points",
+            ha="left",
+            va="center",
+            fontsize=SMALL,
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def _array(values: Any) -> Array:

@@ -696,7 +696,7 @@ BAD = {
     "fractional samples": ({"num_samples": 2.5}, "num_samples must be"),
     "zero batch": ({"batch_size": 0}, "batch_size must be"),
     "zero chunk": ({"sample_chunk": 0}, "sample_chunk must be"),
-    "unknown estimator": ({"estimator": "ais"}, "must be one of"),
+    "unknown estimator": ({"estimator": "laplace"}, "must be one of"),
     "missing guide": ({"guide": None}, "pass guide="),
     "bad seed": ({"seed": "one"}, "seed must be"),
     "bad bin width": ({"bin_width": -1.0}, "bin_width must be"),

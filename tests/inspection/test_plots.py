@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from lvppl.inspection.plots import (
     image_grid,
     latent_plane,
     likelihood_comparison,
+    likelihood_convergence,
     reconstructions,
     training_curve,
 )
@@ -46,6 +48,17 @@ def estimate(mean: float, error: float) -> Any:
     )
 
 
+def path(mean: float, error: float, most: int = 12) -> Any:
+    """An estimate from 2, 4, 8 ... draws of nine data, that rises to its mean."""
+    number = 2 ** torch.arange(1, most, dtype=torch.int64)
+    size = number.double()[:, None].expand(-1, 9)
+    trajectory = types.SimpleNamespace(
+        num_samples=number, log_prob=mean - 3 / size, std_error=error * size**-0.5
+    )
+    return types.SimpleNamespace(trajectory=trajectory)
+
+
+PATHS = {"guide": path(-3.0, 2.0), "guide and prior": path(-2.0, 3.0), "prior": path(-2.0, 6.0)}
 ESTIMATES = {"importance": estimate(-31.0, 0.3), "naive": estimate(-48.0, 6.0)}
 
 DRAWINGS: dict[str, Callable[..., Axes]] = {
@@ -63,6 +76,8 @@ DRAWINGS: dict[str, Callable[..., Axes]] = {
     "likelihood_comparison": lambda ax=None: likelihood_comparison(
         ESTIMATES, ax, elbo=-33.0, exact=-30.9
     ),
+    "likelihood_convergence": lambda ax=None: likelihood_convergence(PATHS, ax, exact=-2.0),
+    "few draws": lambda ax=None: likelihood_convergence({"guide": path(-3.0, 2.0, 4)}, ax),
 }
 
 
@@ -252,3 +267,30 @@ def test_likelihoods_and_their_errors() -> None:
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
     with pytest.raises(ProgramError, match="nothing to compare"):
         likelihood_comparison({})
+
+
+def test_convergence_draws_means_bands_and_the_exact_value() -> None:
+    ax = likelihood_convergence(PATHS, exact=torch.tensor([-1.0, -3.0]))
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 11]
+    assert len(curves) == 3 and len(ax.collections) == 3
+    assert curves[0].get_xdata().tolist() == [2**k for k in range(1, 12)]
+    assert curves[0].get_ydata()[-1] == pytest.approx(-3.0 - 3 / 2**11)
+    # two standard errors of a mean of nine data, after two draws
+    band = ax.collections[0].get_paths()[0].vertices
+    at_two = band[band[:, 0] == 2.0][:, 1]
+    assert at_two.max() - at_two.min() == pytest.approx(4 * 2.0 / math.sqrt(2) / 3)
+    names = [text.get_text() for text in ax.texts]
+    assert names == ["exact  −2.00", "guide  −3.00", "guide and prior  −2.00", "prior  −2.00"]
+    assert any(np.allclose(line.get_ydata(), -2.0) for line in ax.lines)  # the exact value
+    heights = sorted(text.xy[1] for text in ax.texts)
+    low, high = ax.get_ylim()
+    assert min(np.diff(heights)) > 0.05 * (high - low)
+    ticks = [label.get_text() for label in ax.get_xticklabels()]
+    assert "1,000" in ticks
+
+
+def test_convergence_needs_trajectories() -> None:
+    with pytest.raises(ProgramError, match="trajectory=True"):
+        likelihood_convergence(ESTIMATES)
+    with pytest.raises(ProgramError, match="at least one"):
+        likelihood_convergence({})

@@ -11,11 +11,18 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 from lvppl.inference.minibatch import num_rows
 
-__all__ = ["ESTIMATORS", "check_data", "check_options", "check_weights"]
+__all__ = [
+    "ESTIMATORS",
+    "check_annealing",
+    "check_data",
+    "check_extras",
+    "check_options",
+    "check_weights",
+]
 
 Program = Callable[..., Any]
 
-ESTIMATORS = ("exact", "importance", "naive", "prior", "uniform")
+ESTIMATORS = ("ais", "exact", "importance", "naive", "prior", "uniform")
 
 
 def check_options(
@@ -41,6 +48,51 @@ def check_options(
             raise ProgramError(f"{name} must be a whole number of at least 1, got {value!r}.")
     if bin_width is not None and not (bin_width > 0 and math.isfinite(bin_width)):
         raise ProgramError(f"bin_width must be a positive number, got {bin_width!r}.")
+
+
+def check_extras(
+    estimator: str, num_samples: int, defensive: float, bootstrap: int | None, trajectory: bool
+) -> None:
+    """Refuse a defensive share, a bootstrap or a trajectory that the estimate cannot have."""
+    number = isinstance(defensive, int | float) and not isinstance(defensive, bool)
+    if not number or not 0 <= defensive < 1:
+        raise ProgramError(
+            f"defensive must be a number in [0, 1), the share of draws from the prior, got "
+            f"{defensive!r}."
+        )
+    if defensive and estimator != "importance":
+        raise ProgramError(
+            'defensive= mixes the prior into a guide, which estimator="importance" draws from; '
+            f"got estimator={estimator!r}."
+        )
+    if defensive and num_samples < 4:
+        raise ProgramError(
+            f"defensive= needs at least two draws each from guide and prior, got num_samples="
+            f"{num_samples}: take at least 4."
+        )
+    whole = bootstrap is None or (isinstance(bootstrap, int) and not isinstance(bootstrap, bool))
+    if not whole or (bootstrap is not None and bootstrap < 2):
+        raise ProgramError(
+            f"bootstrap must be a number of replicates of at least 2, got {bootstrap!r}."
+        )
+    if estimator == "exact" and (bootstrap is not None or trajectory):
+        raise ProgramError(
+            'bootstrap= and trajectory= are about draws, which estimator="exact" does not have. '
+            "Leave them out."
+        )
+
+
+def check_annealing(
+    estimator: str, annealing: Any, bootstrap: int | None, trajectory: bool
+) -> None:
+    """Refuse options of annealing elsewhere, and options that annealed chains do not have."""
+    if estimator == "ais" and (bootstrap is not None or trajectory):
+        raise ProgramError(
+            'bootstrap= and trajectory= are not kept for estimator="ais", whose chains are few. '
+            "Leave them out, or take another estimator."
+        )
+    if annealing is not None and estimator != "ais":
+        raise ProgramError(f'annealing is of estimator="ais", but estimator is {estimator!r}.')
 
 
 def check_data(data: tuple[Any, ...]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,22 +13,25 @@ from tqdm.auto import tqdm
 from lvppl.checks import check
 from lvppl.errors import ProgramError
 from lvppl.inference.likelihood.checks import check_weights
-from lvppl.inference.likelihood.proposals import Proposal
+from lvppl.inference.likelihood.memory import PassSize, attempt, names_memory, ran_out, too_small
+from lvppl.inference.likelihood.proposals import Proposal, SetTo, check_mixture
+from lvppl.inference.likelihood.resampling import Resamples
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.inference.minibatch import gather
 from lvppl.layout import Layout, layout_of
 from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
-from lvppl.tracing import undisturbed
+from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
 
-__all__ = ["Job", "Plan", "plan_of", "run"]
+__all__ = ["Job", "Plan", "Wanted", "plan_of", "run"]
 
 Program = Callable[..., Any]
 
 _PROBED = 2**24  # data elements that may go through the program at once to learn its plates
 _BUDGET = {"cpu": 2**20}  # elements of observed and latent values in one pass: fits the cache
 _BUDGET_ACCELERATOR = 2**26
+_ENOUGH = 20  # draws of a part: then a variance is known to about a third
 _FEW = 256  # samples worth taking together: a guide's encoder runs once for all of them
 
 
@@ -44,6 +47,7 @@ class Job:
     seed: int
     data_plate: str | Sequence[str] | None
     unaddressed: set[str] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)
 
     def cut(self, start: int, stop: int) -> tuple[Any, ...]:
         """Arguments with rows start:stop of every tensor that follows the rows."""
@@ -52,29 +56,42 @@ class Job:
         device = self.data[0].device
         return gather(self.data, torch.arange(start, stop, device=device), self.rows)
 
+    def layout(self, start: int, stop: int, *, with_particles: bool = False) -> Layout:
+        """The structure of model and guide on rows start:stop; remembered by shape."""
+        return layout_of(
+            self.model,
+            self.proposal.guide,
+            self.cut(start, stop),
+            self.kwargs,
+            with_particles=with_particles,
+            data_plate=self.data_plate,
+        )
+
     def run(
-        self, start: int, stop: int, *, first_sample: int = 0, particles: int = 1, plate: Any = None
+        self,
+        start: int,
+        stop: int,
+        *,
+        first_sample: int = 0,
+        particles: int = 1,
+        plate: Any = None,
+        part: int = 0,
     ) -> Terms:
-        """Terms of draws numbered from ``first_sample`` for rows start:stop."""
-        draws = self.proposal.draws(self.seed, plate, start, first_sample, self.unaddressed)
+        """Terms of draws of a part of the proposal from ``first_sample`` on, rows start:stop."""
+        stratum = self.proposal.strata[part]
+        seed = stratum.seed(self.seed)
+        draws = self.proposal.draws(seed, plate, start, first_sample, self.unaddressed)
         # For randomness that no address reaches: no two passes share it.
-        other = derived_seed(self.seed, f"ln p(y), rows {start}, draws {first_sample}")
+        other = derived_seed(seed, f"ln p(y), rows {start}, draws {first_sample}")
         device = self.data[0].device if self.rows is not None else None
         try:
             with seeded(other, device), draws:
-                terms = trace_terms(
-                    self.model,
-                    self.proposal.guide,
-                    self.cut(start, stop),
-                    self.kwargs,
-                    num_particles=particles,
-                    data_plate=self.data_plate,
-                )
+                values = self._prior_draws(start, stop, particles) if stratum.from_prior else {}
+                with SetTo(values):
+                    terms = self._terms(start, stop, particles)
                 terms.log_weight  # noqa: B018  evaluated here, where it may fail
-        except torch.cuda.OutOfMemoryError:
-            raise
         except (ValueError, RuntimeError, IndexError) as error:
-            if self.rows is None or stop - start >= self.rows:
+            if self.rows is None or stop - start >= self.rows or ran_out(error):
                 raise
             raise ProgramError(
                 f"The program fails on rows {start} to {stop - 1} of {self.rows}: {error} If all "
@@ -84,6 +101,31 @@ class Job:
         if self.rows is not None and stop - start < self.rows and plate is not None:
             self._check_rows(terms, start, stop, plate)
         return terms
+
+    def _terms(self, start: int, stop: int, particles: int) -> Terms:
+        return trace_terms(
+            self.model,
+            self.proposal.guide,
+            self.cut(start, stop),
+            self.kwargs,
+            num_particles=particles,
+            data_plate=self.data_plate,
+        )
+
+    def _prior_draws(self, start: int, stop: int, particles: int) -> dict[str, Tensor]:
+        """z ~ p(z) by site, in the dimensions that a run of model and guide has."""
+        several = particles > 1
+        layout = self.layout(start, stop, with_particles=several)
+        trace, _ = trace_pair(
+            self.model,
+            None,
+            self.cut(start, stop),
+            self.kwargs,
+            nesting=layout.nesting,
+            num_particles=particles if several else None,
+        )
+        latents = (s for s in sample_sites(trace) if not s["is_observed"] and not is_enumerated(s))
+        return {site["name"]: site["value"] for site in latents}
 
     def _check_rows(self, terms: Terms, start: int, stop: int, plate: str) -> None:
         if terms.num_data != stop - start:
@@ -99,7 +141,16 @@ class Job:
         if self.unaddressed:
             sites = ", ".join(f"'{name}'" for name in sorted(self.unaddressed))
             notes.append(f"draws of {sites} depend on batch_size and sample_chunk")
-        return tuple(notes)
+        return (*notes, *self.remarks)
+
+    def note_strata(self, num_samples: int) -> None:
+        """Say where a part has so few draws that its share of the standard error is rough."""
+        fewest = min(self.proposal.counts(num_samples))
+        if len(self.proposal.strata) > 1 and fewest < _ENOUGH:
+            self.remarks.append(
+                f"only {fewest} draws from one of guide and prior: their part of the standard "
+                "error is rough, and intervals are a little short"
+            )
 
 
 class Plan(NamedTuple):
@@ -107,26 +158,31 @@ class Plan(NamedTuple):
     plate: str | None  # the one data plate, if there is one
     batch: int  # rows in a pass
     chunk: int  # samples in a pass
+    whole: str = ""  # why the rows cannot be cut
 
 
 def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: int | None) -> Plan:
     """Learn the program's plates from one pass; choose how many rows and samples a pass takes."""
     rows = job.rows or 1
-    probed = min(rows, batch_size or _default_probe(job))
-    terms, layout = _probe(job, probed, num_samples)
+    wanted = min(rows, batch_size or _default_probe(job))
+    probed, terms, layout = _probe_what_fits(job, wanted, num_samples)
+    most = rows if probed == wanted else probed  # more did not fit
     obstacle = _why_whole(job, layout, probed)
     if obstacle and batch_size is None and probed < rows:
-        probed = rows
-        terms, layout = _probe(job, rows, num_samples)
-    sites = [*terms.observed.values(), *terms.latents.values()]
-    elements = max(1, sum(site.value.numel() for site in sites))
+        found = attempt(_probe, job, rows, num_samples)
+        if found is None:
+            raise too_small(rows, obstacle)
+        (terms, layout), probed, most = found, rows, rows
+    run = terms._runs[0]
+    sites = [*run.observed_sites, *run.guide_latents]
+    elements = max(1, sum(site["value"].numel() for site in sites))
     budget = _BUDGET.get(terms.log_weight.device.type, _BUDGET_ACCELERATOR)
     together = min(num_samples, sample_chunk or _FEW)
-    batch = min(rows, batch_size or max(1, budget * probed // (elements * together)))
+    batch = min(most, batch_size or max(1, budget * probed // (elements * together)))
     plate = layout.data_plates[0].name if len(layout.data_plates) == 1 else None
     if not obstacle and batch not in (rows, probed):
         try:
-            job.run(0, batch, plate=plate)
+            attempt(job.run, 0, batch, plate=plate)
         except ProgramError as error:
             obstacle = str(error)
     if obstacle:
@@ -135,22 +191,45 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
         batch = rows
     chunk = min(num_samples, sample_chunk or max(1, budget * probed // (elements * batch)))
     chunk = 1 if layout.loop_reason else chunk
-    return Plan(layout, plate, batch, chunk)
+    return Plan(layout, plate, batch, chunk, obstacle)
+
+
+def _probe_what_fits(job: Job, probed: int, num_samples: int) -> tuple[int, Terms, Layout]:
+    """Probe with as many rows as memory holds, ``probed`` at most: (rows, terms, layout)."""
+    while True:
+        found = attempt(_probe, job, probed, num_samples)
+        if found is not None:
+            # two particles that memory cannot hold are no reason to loop while rows can be cut
+            cramped = names_memory(found[1].loop_reason)
+            if not cramped or probed == 1 or _why_whole(job, found[1], probed):
+                return probed, *found
+        if probed == 1:
+            raise too_small(1, "" if job.rows is not None else "they are no tensor of rows.")
+        probed = (probed + 1) // 2
 
 
 def _probe(job: Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
     terms = job.run(0, probed)
-    layout = layout_of(
-        job.model,
-        job.proposal.guide,
-        job.cut(0, probed),
-        job.kwargs,
-        with_particles=num_samples > 1,
-        data_plate=job.data_plate,
-    )
+    layout = job.layout(0, probed, with_particles=num_samples > 1)
     _refuse_subsampling(layout)
     _check_assumptions(job, probed)
+    if job.proposal.defensive:
+        _check_defensive(job, terms, probed)
     return terms, layout
+
+
+def _check_defensive(job: Job, terms: Terms, probed: int) -> None:
+    """Refuse a guide that cannot be evaluated at draws from the prior."""
+    check_mixture(terms)
+    try:
+        job.run(0, probed, part=1)
+    except ProgramError as error:
+        if ran_out(error):
+            raise
+        raise ProgramError(
+            f"defensive= needs ln q(z | y) of the guide at draws from the prior, which fails: "
+            f"{error} Leave defensive out, or use a guide whose density is known everywhere."
+        ) from error
 
 
 def _check_assumptions(job: Job, probed: int) -> None:
@@ -169,11 +248,12 @@ def _check_assumptions(job: Job, probed: int) -> None:
                 "cover the posterior, and one point gives ln p(y, z), not ln p(y). Use a guide "
                 "with a density, such as AutoNormal, or estimator='prior'."
             )
-    for row in report.rows if job.proposal.name == "prior" else ():
+    what = "defensive=" if job.proposal.defensive else 'estimator="prior"'
+    for row in report.rows if job.proposal.draws_prior else ():
         if row.role != "observed" and not row.samplable:
             raise ProgramError(
-                f'estimator="prior" draws z from the prior, which cannot be sampled: {row.reason} '
-                'Use estimator="importance" with a guide.'
+                f"{what} draws z from the prior, which cannot be sampled: {row.reason} "
+                'Use estimator="importance" with a guide, and no defensive=.'
             )
 
 
@@ -217,23 +297,85 @@ def _why_whole(job: Job, layout: Layout, probed: int) -> str:
     return ""
 
 
-def run(job: Job, plan: Plan, num_samples: int, progress: bool) -> list[WeightSums]:
+class Wanted(NamedTuple):
+    """What is to be found out about each datum.
+
+    Attributes:
+        num_samples: S, draws.
+        bootstrap: how many replicates of the estimate to keep sums of.
+        trajectory: whether to look at the first 2, 4, 8 ... draws as well.
+    """
+
+    num_samples: int
+    bootstrap: int | None = None
+    trajectory: bool = False
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Numbers of draws at which to stop and look, ascending, S the last of them."""
+        powers = [2**k for k in range(1, self.num_samples.bit_length())] if self.trajectory else []
+        return [*(power for power in powers if power < self.num_samples), self.num_samples]
+
+
+def run(job: Job, plan: Plan, wanted: Wanted, progress: bool) -> list[WeightSums]:
+    """Weigh all draws of all data; passes are halved where memory runs out."""
     rows = job.rows or 1
-    results = []
-    with tqdm(total=rows * num_samples, disable=not progress, unit="draw") as bar:
-        for start in range(0, rows, plan.batch):
-            stop = min(start + plan.batch, rows)
-            sums = WeightSums(num_samples)
-            for sample in range(0, num_samples, plan.chunk):
-                particles = min(plan.chunk, num_samples - sample)
-                terms = job.run(
-                    start, stop, first_sample=sample, particles=particles, plate=plan.plate
-                )
-                log_weight = job.proposal.log_weight(terms)
-                check_weights(log_weight, start)
-                if sample == 0:
-                    sums.observed = observed_sizes(terms)
-                sums.add(log_weight)
-                bar.update((stop - start) * particles)
+    size = PassSize(plan.batch, plan.chunk, plan.whole)
+    results: list[WeightSums] = []
+    start = 0
+    with tqdm(total=rows * wanted.num_samples, disable=not progress, unit="draw") as bar:
+        while start < rows:
+            stop = min(start + size.rows, rows)
+            sums = attempt(_weigh, job, plan, size, wanted, start, stop, bar.update)
+            if sums is None:
+                size.halve()  # and these rows again, from their first draw
+                bar.n = start * wanted.num_samples
+                continue
             results.append(sums)
+            start = stop
+    job.note_strata(wanted.num_samples)
+    if size.halvings:
+        job.remarks.append(size.note)
     return results
+
+
+def _weigh(
+    job: Job,
+    plan: Plan,
+    size: PassSize,
+    wanted: Wanted,
+    start: int,
+    stop: int,
+    tell: Callable[[int], Any],
+) -> WeightSums:
+    """The weights of all draws of rows start:stop."""
+    shares = [stratum.share for stratum in job.proposal.strata]
+    resamples = Resamples(wanted.bootstrap, job.seed, len(shares)) if wanted.bootstrap else None
+    counts = job.proposal.counts(wanted.num_samples)
+    sums = WeightSums(wanted.num_samples, shares, counts, resamples)
+    chunk = size.draws
+    if chunk > 1 and job.layout(start, stop, with_particles=True).loop_reason:
+        chunk = 1
+    for end in wanted.prefixes:
+        for part, first, particles in _passes(job.proposal, sums, end, chunk):
+            terms = job.run(
+                start, stop, first_sample=first, particles=particles, plate=plan.plate, part=part
+            )
+            log_weight = job.proposal.log_weight(terms)
+            check_weights(log_weight, start)
+            if sums.count == 0:
+                sums.observed = observed_sizes(terms)
+            sums.add(log_weight, part)
+            tell((stop - start) * particles)
+        if wanted.trajectory:
+            sums.look()
+    return sums
+
+
+def _passes(
+    proposal: Proposal, sums: WeightSums, end: int, chunk: int
+) -> Iterator[tuple[int, int, int]]:
+    """(part, first draw, number of draws) of the passes from where ``sums`` is to ``end`` draws."""
+    for part, last in enumerate(proposal.counts(end)):
+        for first in range(sums.parts[part].count, last, chunk):
+            yield part, first, min(chunk, last - first)

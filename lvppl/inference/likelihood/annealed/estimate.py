@@ -1,0 +1,185 @@
+r"""ln p(y) of each datum by annealed importance sampling.
+
+.. math:: \hat p(y) = \frac1S \sum_s w_s, \quad E \hat p(y) = p(y), \quad E \ln \hat p(y) \le
+    \ln p(y)
+
+Neal (2001), Statistics and Computing 11; Wu, Burda, Salakhutdinov & Grosse (2017), ICLR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lvppl.inference.addressed import AddressedDraws
+from lvppl.inference.likelihood.annealed.chain import Annealed, backward, forward
+from lvppl.inference.likelihood.annealed.noise import Noise
+from lvppl.inference.likelihood.annealed.options import Annealing
+from lvppl.inference.likelihood.annealed.path import Path, Points, without_marks
+from lvppl.inference.likelihood.annealed.pilot import tuned
+from lvppl.inference.likelihood.checks import check_weights
+from lvppl.inference.likelihood.estimate import LikelihoodEstimate
+from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.memory import PassSize, attempt
+from lvppl.inference.likelihood.sizes import observed_sizes
+from lvppl.inference.likelihood.weights import WeightSums
+from lvppl.seeding import derived_seed, seeded
+
+__all__ = ["Ladder", "annealed_estimate", "notes_of"]
+
+
+def annealed_estimate(
+    job: Job,
+    num_samples: int,
+    batch_size: int | None,
+    sample_chunk: int | None,
+    options: Annealing | None = None,
+    progress: bool = False,
+) -> LikelihoodEstimate:
+    """Anneal ``num_samples`` chains for each datum from where the job draws.
+
+    Args:
+        job: program, data, and what draws the starts: the prior or a guide.
+        num_samples, batch_size, sample_chunk: chains; rows and chains of one pass.
+        options: how chains move, and in how many steps.
+        progress: show a bar.
+
+    Raises:
+        ProgramError: as of :class:`~lvppl.inference.likelihood.annealed.path.Path`; a weight is
+            NaN or plus infinity (by datum).
+    """
+    options = options or Annealing()
+    plan = plan_of(unmarked(job), num_samples, batch_size, sample_chunk)
+    size, rows = PassSize(plan.batch, plan.chunk, plan.whole), job.rows or 1
+    sums: list[WeightSums] = []
+    acceptance: list[Tensor] = []
+    start = 0
+    with tqdm(total=rows * num_samples, disable=not progress, unit="chain") as bar:
+        while start < rows:
+            stop = min(start + size.rows, rows)
+            found = attempt(_annealed, job, plan, start, stop, size.draws, num_samples, options)
+            if found is None:
+                size.halve()  # and these rows again, from their pilot
+                continue
+            sums.append(found.sums)
+            acceptance += found.acceptance
+            bar.update((stop - start) * num_samples)
+            start = stop
+    if size.halvings:
+        job.remarks.append(size.note)
+    notes = (*notes_of(job, options, acceptance), *job.notes(plan.layout))
+    return _record(job, sums, num_samples, notes)
+
+
+class _Found(NamedTuple):
+    sums: WeightSums
+    acceptance: list[Tensor]
+
+
+def _annealed(
+    job: Job, plan: Plan, start: int, stop: int, chunk: int, num_samples: int, options: Annealing
+) -> _Found:
+    """All chains of rows start:stop, at most ``chunk`` at once."""
+    ladder = Ladder(job, plan, start, stop, options)
+    found = _Found(WeightSums(num_samples), [])
+    found.sums.observed = ladder.observed
+    for sample in range(0, num_samples, chunk):
+        chains = ladder.up(sample, min(chunk, num_samples - sample))
+        check_weights(chains.log_weight, start)
+        found.sums.add(chains.log_weight)
+        found.acceptance.extend([] if chains.acceptance is None else [chains.acceptance])
+    return found
+
+
+class Ladder:
+    """The path of rows start:stop of a job, with moves that a pilot has tuned.
+
+    Attributes:
+        observed: discrete and continuous values that these rows score.
+    """
+
+    def __init__(self, job: Job, plan: Plan, start: int, stop: int, options: Annealing) -> None:
+        self.job, self.plate, self.first_datum = job, plan.plate, start
+        self.observed = observed_sizes(unmarked(job).run(start, stop, plate=plan.plate))
+        data, guide = job.cut(start, stop), job.proposal.guide
+        with self._seeded("pilot"):
+            self.path = Path(job.model, guide, data, job.kwargs, job.data_plate)
+            seed = derived_seed(job.seed, "pilot")
+            points = self._start(seed, 0, options.pilot_chains)
+            self.tuning = tuned(self.path, points, options, self._noise(seed, points))
+
+    def up(self, first_chain: int, chains: int) -> Annealed:
+        """Chains numbered from ``first_chain``, annealed from the start to the posterior."""
+        seed = self.job.seed
+        with self._seeded(f"chains {first_chain}"):
+            points = self._start(seed, first_chain, chains)
+            noise = self._noise(seed, points, first_chain)
+            return forward(self.path, points, self.tuning, noise)
+
+    def down(self, draws: Mapping[str, Tensor], chains: int) -> Annealed:
+        """Chains annealed from exact draws of the posterior to the start."""
+        seed = derived_seed(self.job.seed, "backward")
+        with self._seeded("chains backward"):
+            points = self.path.at_values(draws, chains)
+            noise = self._noise(seed, points)
+            return backward(self.path, points, self.tuning, noise)
+
+    def _start(self, seed: int, first_chain: int, chains: int) -> Points:
+        address = (seed, self.plate, self.first_datum, first_chain, self.job.unaddressed)
+        return self.path.start(AddressedDraws(*address), chains)
+
+    def _noise(self, seed: int, points: Points, first_chain: int = 0) -> Noise:
+        device = points.log_weight.device
+        return Noise(derived_seed(seed, "annealing"), first_chain, self.first_datum, device)
+
+    def _seeded(self, purpose: str) -> AbstractContextManager[int]:
+        """For randomness that no address reaches; the global generators stay as they are."""
+        device = self.job.data[0].device if self.job.rows is not None else None
+        return seeded(derived_seed(self.job.seed, f"{purpose}, rows {self.first_datum}"), device)
+
+
+def unmarked(job: Job) -> Job:
+    """The job without marks for enumeration, where chains start from the prior.
+
+    A latent that is drawn given an enumerated site would be drawn once for each of its values.
+    """
+    if job.proposal.guide is not None:
+        return job
+    return replace(job, model=without_marks(job.model))
+
+
+def notes_of(job: Job, options: Annealing, acceptance: list[Tensor]) -> tuple[str, ...]:
+    """What a reader of the numbers should know of the chains."""
+    start = "the guide" if job.proposal.guide is not None else "the prior"
+    notes = [f"annealed from {start} to the posterior in {options.num_steps} steps"]
+    if acceptance:
+        rates = torch.cat(acceptance)
+        notes.append(
+            f"{float(rates.mean()):.0%} of trajectories were accepted on average, "
+            f"{float(rates.min()):.0%} at the worst datum"
+        )
+    return tuple(notes)
+
+
+def _record(
+    job: Job, sums: list[WeightSums], num_samples: int, notes: tuple[str, ...]
+) -> LikelihoodEstimate:
+    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
+    return LikelihoodEstimate(
+        log_prob=torch.cat([part.log_prob for part in sums]),
+        std_error=torch.cat([part.std_error for part in sums]),
+        ess=torch.cat([part.ess for part in sums]),
+        khat=torch.cat([part.khat for part in sums]),
+        num_samples=num_samples,
+        estimator="ais",
+        seed=job.seed,
+        num_discrete=discrete,
+        num_continuous=continuous,
+        notes=notes,
+    )
