@@ -148,6 +148,8 @@ class EM:
         self.init = init
         self.floor = float(floor)
         self.num_gradient_steps = num_gradient_steps
+        if not callable(temperature):
+            self._modes()  # refuses what is no temperature
 
     def __repr__(self) -> str:
         return shown(self)
