@@ -87,8 +87,13 @@ class Nodes(TorchDistribution):
 
     @property
     def tolerance(self) -> float:
-        """Of :meth:`defect`, for a density that is in the span."""
-        return 1e-7 if self.frame.unit.dtype == torch.float64 else 1e-3
+        """Of :meth:`defect`: what is in the span is there to about 50 times the rounding unit."""
+        return 1e-11 if self.is_double else 1e-3
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the prior is in float64: an integral is made of differences, lost in float32."""
+        return self.frame.unit.dtype == torch.float64
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Nodes:
         return Nodes(self.base_dist.expand(batch_shape), self.frame)
@@ -269,7 +274,8 @@ class _GammaSpan:
 
     def __init__(self) -> None:
         first, second, last = 2.0**-34, 2.0**-24, 2.0**20
-        points = torch.tensor([first, second, last, 0.25, 4.0], dtype=torch.float64)
+        checks = (math.e**-1.5, math.pi / 3, 5**0.7)
+        points = torch.tensor([first, second, last, *checks], dtype=torch.float64)
         self.points = points[:, None]
         ratio = (second - first) / (last - first)
         a = torch.tensor([ratio - 1, 1.0, -ratio], dtype=torch.float64)
@@ -311,7 +317,9 @@ class _GaussianSpan:
         self.size = size
         far, eye = 2.0**10, torch.eye(size, dtype=torch.float64)
         pairs = [far * (eye[i] + eye[j]) for i, j in itertools.combinations(range(size), 2)]
-        checks = torch.stack([1.5 * eye.sum(0), -2.0 * eye.sum(0)])
+        # in general position: what is not quadratic may be so on lines and lattices
+        generator = torch.Generator().manual_seed(5)
+        checks = 1.7 * torch.randn(size + 2, size, generator=generator, dtype=torch.float64)
         kept = torch.cat([0 * eye[:1], eye, -eye, far * eye, -far * eye, *(p[None] for p in pairs)])
         self.points = torch.cat([kept, checks])
         self.rows, self.columns = torch.triu_indices(size, size)

@@ -33,6 +33,10 @@ class Components(PyroModule):
 
     def __init__(self, num_components: int, event_shape: tuple[int, ...]) -> None:
         super().__init__(self.program)
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(
+                f"num_components must be a whole number of at least 1, not {num_components!r}."
+            )
         self.num_components, self.event_shape = num_components, torch.Size(event_shape)
 
     def component(self, k: Any) -> dist.TorchDistribution:

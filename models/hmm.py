@@ -59,6 +59,10 @@ class _HiddenMarkov(PyroModule):
                 f"but has shape {tuple(y.shape)}.{self._hint(tuple(y.shape), event)}"
             )
         for name, tensor, shape in (("lengths", lengths, y.shape[:1]), ("mask", mask, y.shape[:2])):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"{name} must be a tensor, torch.as_tensor({name}), not {tensor!r}"
+                )
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(
                     f"{name} must have shape {tuple(shape)}, as y has {tuple(y.shape)}, "

@@ -1848,7 +1848,7 @@ TOPICS["Expectation maximisation"] = [
     ),
     em(
         "k-means++ of class labels",
-        "no observed numeric site depends on a latent … init='model'",
+        "no observed numeric site depends on one … names of classes … init='model'",
         torch.tensor([0, 1, 1, 0]),
         model=labels_mixture,
         init="kmeans++",

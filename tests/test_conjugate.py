@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import lvppl
+from lvppl.errors import ProgramError
 from tests.enumerable import t
 
 NU = 4.0
@@ -461,5 +462,55 @@ def test_single_precision_is_refused() -> None:
 
     torch.set_default_dtype(torch.float32)
     for y in (Y.float(), torch.cat([Y, Y[:1] + 1e6]).float()):
-        with pytest.raises(lvppl.ProgramError, match=r"needs float64, but parameters are float32"):
+        with pytest.raises(lvppl.ProgramError, match="which needs float64"):
             fitted(single, y)
+
+
+# ------------------------------------------------- what is no Gaussian density, and looks like one
+
+
+def _no_gaussian(kind: str):
+    """Data whose density in z is not Gaussian, hidden along lines, on lattices and by precision."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            if kind in ("difference", "tanh"):
+                z = pyro.sample("z", dist.Normal(t([0.0, 0.0]), 1.0).to_event(1))
+                gap = z[..., 0] - z[..., 1]
+                if kind == "difference":
+                    pyro.sample("y", dist.Bernoulli(logits=2 * gap), obs=y.gt(0).to(y))
+                else:
+                    pyro.sample("y", dist.Normal(gap.tanh(), 0.3), obs=y)
+                return
+            z = pyro.sample("z", dist.Normal(t(0.0), 1.0))
+            if kind == "period":
+                pyro.sample("y", dist.Normal((2 * torch.pi * z).sin(), 0.3), obs=y)
+            else:
+                pyro.sample("x", dist.Normal(z, 1e-4), obs=y)
+                pyro.sample("y", dist.Bernoulli(logits=2 * z + 1), obs=y.gt(0).to(y))
+
+    return model
+
+
+@pytest.mark.parametrize("kind", ["difference", "tanh", "period", "beside a precise site"])
+def test_what_is_not_gaussian_is_refused_wherever_it_hides(kind):
+    slope = t(0.7)
+
+    def learned(y):
+        pyro.param("unused", slope)
+        _no_gaussian(kind)(y)
+
+    y = t([0.9, -0.4, 2.5])
+    with pytest.raises(ProgramError, match="'z'"):
+        lvppl.EM(learned).fit(y, max_iter=1, seed=0, progress=False)
+
+
+def test_a_prior_in_single_precision_is_refused():
+    def model(y):
+        loc = pyro.param("loc", t(0.5))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), torch.tensor(1.0)))
+            pyro.sample("y", dist.Normal(z + loc, 0.05), obs=y)
+
+    with pytest.raises(ProgramError, match="float64"):
+        lvppl.EM(model).fit(t([0.3, -2.0]), max_iter=1, seed=0, progress=False)

@@ -102,6 +102,9 @@ class EM:
         constant feature counts as one of the mean variance of the others. 0 for none: a component
         may then shrink onto one datum, where the likelihood is unbounded.
     :param num_gradient_steps: iterations of L-BFGS in an M-step, for parameters without a formula.
+    :param engine: how an E-step is executed. ``"auto"``: by kernels where the program is a Gaussian
+        mixture or a chain that they know, else as ``"eager"``: by the program's own
+        log-probabilities and variable elimination. Both give the same numbers but for rounding.
     :raises ProgramError: for options that do not exist or do not go together.
 
     Source: Dempster, Laird and Rubin 1977 (JRSS B 39); Neal and Hinton 1998, for the two half-steps
@@ -121,6 +124,7 @@ class EM:
         init: str = "model",
         floor: float = 1e-6,
         num_gradient_steps: int = 20,
+        engine: str = "auto",
         **unknown: NoReturn,
     ) -> None:
         refuse_unknown(unknown, EM, EM.fit)
@@ -137,6 +141,7 @@ class EM:
             init=init,
             floor=floor,
             num_gradient_steps=num_gradient_steps,
+            engine=engine,
         )
         self.model = model
         self.guide = guide
@@ -148,6 +153,9 @@ class EM:
         self.init = init
         self.floor = float(floor)
         self.num_gradient_steps = num_gradient_steps
+        self.engine = engine
+        if not callable(temperature):
+            self._modes()  # refuses what is no temperature
 
     def __repr__(self) -> str:
         return shown(self)
@@ -330,6 +338,7 @@ class EM:
                     device,
                     integrated=continuous.local,
                     missing=missing,
+                    engine=self.engine,
                 )
                 _ = problem.m_step  # probing may fail, and does so before the first iteration
                 return problem
@@ -384,6 +393,7 @@ class EM:
                     "temperature": settings.mode(loop.iteration).temperature,
                     "online": self.online,
                     "init": self.init,
+                    "engine": self.engine,
                     "floor": self.floor,
                     "tol": settings.tol,
                     "map_latents": sorted(problem.latents.names),

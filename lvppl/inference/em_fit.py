@@ -179,9 +179,19 @@ class EMFit(Fit):
 
     @property
     def num_free(self) -> int:
-        """k, independent real numbers of the parameters; maximised latents (MAP) are among them."""
-        constraints = self.state.constraints()
-        return sum(num_free(value, constraints[name]) for name, value in self.params.items())
+        """k, independent real numbers of the parameters that data bear upon, MAP latents included.
+
+        Logits that a softmax takes count one less a row. What else is redundant is not known, such
+        as one of K networks whose logits compete: k is then too large.
+        """
+        constraints, total = self.state.constraints(), 0
+        for name, value in self.params.items():
+            step = self.m_step.get(name)
+            if step is None or step.how != "fixed":
+                total += num_free(value, constraints[name])
+            if step is not None and step.form.startswith("softmax"):
+                total -= value[..., 0].numel()
+        return total
 
     def aic(self, *data: Any, **kwargs: Any) -> float:
         """Akaike's criterion 2 k − 2 ln p(y), nats; smaller is better. Source: Akaike (1974)."""

@@ -16,6 +16,8 @@ from lvppl.inference.starts import INITS
 
 __all__ = ["check_non_negative", "check_options", "check_program", "shown"]
 
+ENGINES = ("auto", "eager")
+
 
 def check_program(role: str, program: Any) -> None:
     if isinstance(program, type):
@@ -38,6 +40,7 @@ def check_options(
     init: str,
     floor: float,
     num_gradient_steps: int,
+    engine: str,
 ) -> None:
     """Refuse values that an option cannot have, and options that do not go together."""
     check_counts(restarts=restarts, num_gradient_steps=num_gradient_steps)
@@ -52,6 +55,7 @@ def check_options(
     if not has_guide and objective is not None:
         raise ProgramError("objective is the bound of a fit with a guide: give a guide too.")
     _check_start(init, restarts)
+    _check_engine(engine)
     if hard and temperature is not None:
         raise ProgramError(
             "hard=True is the limit of temperature 0: give one of the two. A schedule such as "
@@ -69,6 +73,11 @@ def check_non_negative(**numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int | float) or not 0 <= number < math.inf:
             raise ProgramError(f"{name} must be a number of at least 0, but is {number!r}")
+
+
+def _check_engine(engine: Any) -> None:
+    if engine not in ENGINES:
+        raise ProgramError(f"engine must be 'auto' or 'eager', not {engine!r}")
 
 
 def _check_start(init: Any, restarts: int) -> None:

@@ -50,6 +50,8 @@ class Problem:
     """Continuous latents of each datum, integrated out."""
     missing: str | None = None
     """``"nan"`` where NaN is a missing value."""
+    engine: str = "auto"
+    """``"eager"``: no kernels."""
     kernels: dict[Any, FastMixture | FastChain | None] = field(default_factory=dict)
     indices: PlateIndices = field(default_factory=PlateIndices)
     by_data: bool = False
@@ -112,7 +114,9 @@ class Problem:
 
     def fast(self, batch: Batch, mode: Mode, into: Statistics) -> Tensor | None:
         """The E-step by a kernel made for the kind of program; ``None`` where there is none."""
-        if self.by_data or self.m_step.by_gradient or self._has_regressions:
+        if self.engine == "eager" or self.by_data:
+            return None
+        if self.m_step.by_gradient or self._has_regressions:
             return None
         layout = self.layout(batch)
         with self.indices:

@@ -68,6 +68,8 @@ class FastChain:
         gaussians, fn = run.gaussians, run.fn
         if gaussians.covariance != self.kernel.covariance:
             return None
+        if not self.kernel.resolves(gaussians.scale):
+            return None
         if run.y.data_ptr() != self.given.data_ptr():
             return None
         _, observed = fn.observations(run.y)

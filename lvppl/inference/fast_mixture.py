@@ -66,6 +66,8 @@ class FastMixture:
             hard, covariance = self.kernel.hard, self.kernel.covariance
             self.kernel = MixtureKernel(run.y, covariance=covariance, hard=hard)
         gaussians = run.gaussians
+        if not self.kernel.resolves(gaussians.scale):
+            return None
         found = self.kernel(
             run.log_weights,
             gaussians.loc,

@@ -128,7 +128,12 @@ def require_conjugate(graph: FactorGraph) -> None:
             continue
         assert graph.enumerated is not None
         defect = graph.enumerated.defect(name)
-        dtype = site["value"].dtype
-        if not defect < (1e-7 if dtype == torch.float64 else 1e-3):
+        if not defect < site["fn"].tolerance:
             others = [n for n, s in graph.sites.items() if s["is_observed"]]
             raise ProgramError(not_conjugate({**site, "fn": site["fn"].base_dist}, others[0]))
+        if not site["fn"].is_double:
+            raise ProgramError(
+                f"Latent '{name}' is integrated out of each datum, which needs float64, but its "
+                "prior is float32. Begin with torch.set_default_dtype(torch.float64), or write "
+                "its arguments in float64."
+            )

@@ -30,7 +30,7 @@ def remarks(problem: Any) -> list[str]:
         sites = traced_sites(problem.program, batch, problem.kwargs, problem.layout(batch))
         arguments = by_state(sites, m_step.found)
         first = first or arguments
-        for latent, pairs in _same(_telling(arguments), _tolerance(problem)).items():
+        for latent, pairs in _same(arguments, _tolerance(problem)).items():
             same[latent] = same[latent] & pairs if latent in same else pairs
     return [*alike_states(same, first, m_step), *at_floors(m_step, first)]
 
@@ -54,13 +54,25 @@ def _telling(arguments: Sequence[ByState]) -> list[ByState]:
 
 
 def _same(arguments: Sequence[ByState], tolerance: float) -> dict[str, Tensor]:
-    """By latent, which states have the same values in all arguments, (K, K)."""
+    """By latent, which states have the same values in all arguments and come alike, (K, K).
+
+    States come alike where proportional columns lead to them, as of a transition matrix. Else what
+    comes before weighs them differently from datum to datum, and EM parts them.
+    """
     found: dict[str, Tensor] = {}
+
+    def restrict(latent: str, rows: Tensor) -> None:
+        pairs = torch.stack([(rows - one).abs().amax(-1) <= tolerance for one in rows])
+        known = found.get(latent)
+        found[latent] = pairs if known is None else known & pairs
+
     for argument in arguments:
-        value = argument.value
-        pairs = torch.stack([(value - one).abs().amax(-1) <= tolerance for one in value])
-        known = found.get(argument.latent)
-        found[argument.latent] = pairs if known is None else known & pairs
+        restrict(argument.latent, argument.value)
+    for argument in arguments:
+        child, columns = argument.site.split(".")[0], argument.value.mT
+        if not argument.observed and child in found and len(columns) == len(found[child]):
+            share = columns.abs().sum(1, keepdim=True)
+            restrict(child, columns / share.clamp(min=torch.finfo(share.dtype).tiny))
     return found
 
 
@@ -69,8 +81,8 @@ def alike_states(
 ) -> list[str]:
     """Sets of states that have parameters of their own, and the same values in them.
 
-    EM gives such states the same responsibilities up to their prior probabilities, and so the same
-    parameters for ever: a saddle of ln p(y) where they were started alike.
+    EM gives such states the same responsibilities up to a factor, and so the same parameters for
+    ever: a saddle of ln p(y) where they were started alike.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for latent, pairs in same.items():

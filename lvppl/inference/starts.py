@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.conjugate import Nodes
 from lvppl.enumerated import num_states
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph
@@ -104,8 +105,10 @@ def _assignments(
     if not groups:
         raise ProgramError(
             "init='kmeans++' and 'random' choose centres among observed vectors in the plates of a "
-            "latent, but no observed numeric site depends on a latent in the same plates. Use "
-            "init='model' and start the parameters in the program."
+            "discrete latent, but no observed numeric site depends on one in the same plates "
+            "(names of classes have no distance). Use init='model' and start the parameters in the "
+            "program: by initial values that are drawn, pyro.param(name, lambda: torch.randn(K)), "
+            "each seed of fit starts elsewhere."
         )
     q = {}
     for key, names in groups.items():
@@ -122,7 +125,8 @@ def _assignments(
 def vectors_of(graph: FactorGraph) -> dict[str, Tensor]:
     """The observed vectors that latents explain, (..., features): by latent, or by the site of a
     chain that holds its states inside."""
-    found = {name: _features_of(graph, name) for name in graph.latents}
+    discrete = [n for n, site in graph.latents.items() if not isinstance(site["fn"], Nodes)]
+    found = {name: _features_of(graph, name) for name in discrete}
     for name, site in graph.sites.items():
         if site["is_observed"] and name not in found and not _is_label(site):
             term = Weighted(name, site["fn"], site["value"], graph.run.log_prob(site).new_ones(()))
@@ -152,7 +156,8 @@ def _features_of(graph: FactorGraph, name: str) -> Tensor | None:
         log_prob = graph.run.log_prob(site)
         here = {plate.name for plate in plates_of(site)}
         dims = {v: k for k, v in ids.items()}
-        if log_prob.dim() < -dims[own] or log_prob.shape[dims[own]] == 1 or not plates <= here:
+        apart = log_prob.dim() >= -dims[own] and log_prob.shape[dims[own]] > 1
+        if not plates <= here or not (apart or num_states(latent) == 1):
             continue
         value = graph.run.by_plates(site["value"], site, site["fn"].event_dim)[0].double()
         if isinstance(site["mask"], Tensor):  # what is masked explains nothing

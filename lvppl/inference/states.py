@@ -26,6 +26,8 @@ from lvppl.tracing import is_enumerated
 
 __all__ = ["ByState", "by_state"]
 
+_OF_STATES = (".initial", ".transition", ".mixture")
+
 Places = dict[str, int]
 """The dimension of a distribution's batch that the states of each latent lie along, negative."""
 
@@ -36,7 +38,7 @@ class ByState:
 
     Attributes:
         latent, site: their names.
-        observed: whether the site is.
+        observed: whether the site is, and not the states inside it.
         value: the argument as a number without units, (K, elements): states whose values differ by
             much less than 1 are the same to any datum.
         entries: of parameters that it is made of, (K, some number), -1 for none; ``None`` where
@@ -63,7 +65,8 @@ def by_state(sites: Sequence[Any], bindings: Mapping[Key, Binding]) -> list[BySt
         places = {latents[key]: dim for dim, key in dims if key in latents}
         places.pop(site["name"], None)
         for name, base, inside in _leaves(site["name"], site["fn"], places):
-            found += _arguments(name, base, inside, site["is_observed"], bindings)
+            observed = site["is_observed"] and not name.endswith(_OF_STATES)
+            found += _arguments(name, base, inside, observed, bindings)
     return found
 
 
@@ -75,11 +78,10 @@ def _leaves(name: str, fn: Any, places: Places) -> Iterator[tuple[str, Any, Plac
         yield from _leaves(name, fn.base_dist, _left(places, fn.reinterpreted_batch_ndims))
     elif isinstance(fn, HiddenMarkov):
         yield f"{name}.initial", _categorical(unexpanded(fn.initial_logits, 1)), places
-        if fn.transition_logits.dim() > 2:
-            rows = _categorical(unexpanded(fn.transition_logits, 2))
-            yield f"{name}.transition", rows, _left(places, 2)
         outer = _left(places, 2 if fn.differs_by_step else 1)
         states = {name.split(".")[0]: -1}
+        rows = _categorical(unexpanded(fn.transition_logits, 2))
+        yield f"{name}.transition", rows, outer | states
         yield from _leaves(f"{name}.emission", fn.observation_dist, outer | states)
     elif isinstance(fn, td.MixtureSameFamily):
         yield f"{name}.mixture", _categorical(unexpanded(fn.mixture_distribution.logits, 1)), places

@@ -6,8 +6,10 @@ The E-step raises the ELBO over the guide's parameters φ, the M-step over the m
 changes the other's. Where the model can be summed exactly, ln p(y) and with it the KL are known
 after every half-step: an E-step lowers the KL at fixed ln p(y), an M-step raises the ELBO.
 
-A guide that is enumerated has an exact ELBO. Otherwise its expectation is over draws that stay the
-same for the whole fit, so that each half-step climbs one function (a sample average approximation).
+A guide whose sites are enumerated has an exact ELBO, and discrete sites are where they can be.
+Otherwise each half-step climbs the mean over draws that stay the same for the whole fit (a sample
+average approximation). The guide fits these draws, so that their mean is too high; what is reported
+is the mean over other draws, which it has not seen.
 
 Source: Neal and Hinton 1998, "A view of the EM algorithm that justifies incremental, sparse, and
 other variants".
@@ -28,6 +30,7 @@ from torch import Tensor
 from lvppl.checks import check
 from lvppl.errors import ProgramError
 from lvppl.evidence import log_evidence
+from lvppl.factor_graph import enumerating
 from lvppl.inference.fit import Fit, History, versions
 from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.progress import Progress
@@ -41,6 +44,7 @@ __all__ = ["HalfSteps", "alternate"]
 Program = Callable[..., Any]
 
 _PARTICLES = 16
+_MUCH = 0.01  # nats per datum by which draws may be fitted before it is said
 
 
 class HalfSteps(History):
@@ -94,11 +98,10 @@ def alternate(
             check(model, guide, *data, **kwargs)
             state.claim()
             phi, theta = _split(guide, state, data, kwargs)
-        bound = _Bound(model, guide, data, dict(kwargs), objective, seed, device)
         with state.active(), state.buffers_preserved():
+            bound = _bound(model, guide, data, dict(kwargs), objective, seed, device)
             climb = _Climb(bound, phi, theta)
             climb.run(max_iter, tol, num_gradient_steps, progress)
-        state.finish()
     finally:
         state.finish()
     return Fit(
@@ -118,6 +121,20 @@ def alternate(
     )
 
 
+def _bound(
+    model: Program, guide: Program, data: Any, kwargs: Any, objective: Any, seed: int, device: Any
+) -> _Bound:
+    """The bound with the guide's discrete sites enumerated, where that can be."""
+    if objective is None:
+        enumerated = _Bound(model, enumerating(guide), data, kwargs, None, seed, device)
+        try:
+            enumerated.value()
+            return enumerated
+        except ProgramError:  # a support that is not finite, or sites enumerated in the model
+            pass
+    return _Bound(model, guide, data, kwargs, objective, seed, device)
+
+
 class _Bound:
     """The ELBO as one function of the parameters: the same draws at every call."""
 
@@ -135,16 +152,17 @@ class _Bound:
         self.objective = objective or ELBO(num_particles=_PARTICLES)
         self.seed, self.device = derived_seed(seed, "draws"), device
 
-    def __call__(self) -> Tensor:
-        with seeded(self.seed, self.device):
+    def __call__(self, draws: str = "fitted") -> Tensor:
+        with seeded(derived_seed(self.seed, draws), self.device):
             loss = self.objective.differentiable_loss(
                 self.model, self.guide, *self.data, **self.kwargs
             )
         return -loss
 
-    def value(self) -> float:
+    def value(self, draws: str = "fitted") -> float:
+        """The ELBO over the draws that are climbed, ``"fitted"``, or over others, ``"other"``."""
         with torch.no_grad():
-            return float(self())
+            return float(self(draws))
 
     def evidence(self) -> float:
         """ln p(y), or NaN where the model has no exact sum."""
@@ -183,13 +201,15 @@ class _Climb:
     """Half-steps in turn, and the values after each.
 
     Attributes:
-        elbo, evidence: before the first half-step and after each, nats; always of one length.
+        fitted, elbo, evidence: before the first half-step and after each, nats, always of one
+            length: the bound over the draws that are climbed, over others, and ln p(y).
         status, reason: how it ended.
     """
 
     def __init__(self, bound: _Bound, phi: list[Tensor], theta: list[Tensor]) -> None:
         self.bound, self.halves = bound, (phi, theta)
-        self.elbo, self.evidence = [bound.value()], [bound.evidence()]
+        self.fitted = [bound.value()]
+        self.elbo, self.evidence = [bound.value("other")], [bound.evidence()]
         self.status, self.reason = "running", ""
 
     def run(self, max_iter: int, tol: float, num_gradient_steps: int, progress: bool) -> None:
@@ -204,7 +224,7 @@ class _Climb:
                 self._look(max_iter, tol, num_data)
         except KeyboardInterrupt:
             if len(self.elbo) % 2 == 0:  # between the half-steps: an M-step that does nothing
-                self._append(self.elbo[-1], self.evidence[-1])
+                self._append(self.fitted[-1], self.elbo[-1], self.evidence[-1])
             self.status = "interrupted"
             self.reason = f"interrupted after {self.num_iterations} iterations"
         finally:
@@ -219,24 +239,26 @@ class _Climb:
         before = [tensor.detach().clone() for tensor in tensors]
         try:
             raise_by_gradient(self.bound, tensors, num_steps=num_gradient_steps)
-            value, evidence = self.bound.value(), self.bound.evidence()
+            fitted, value = self.bound.value(), self.bound.value("other")
+            evidence = self.bound.evidence()
         except KeyboardInterrupt:
             with torch.no_grad():
                 for tensor, kept in zip(tensors, before, strict=True):
                     tensor.copy_(kept)
             raise
-        self._append(value, evidence)
+        self._append(fitted, value, evidence)
 
-    def _append(self, value: float, evidence: float) -> None:
+    def _append(self, fitted: float, value: float, evidence: float) -> None:
+        self.fitted.append(fitted)
         self.elbo.append(value)
         self.evidence.append(evidence)
 
     def _look(self, max_iter: int, tol: float, num_data: int) -> None:
         iteration = self.num_iterations
-        gain = (self.elbo[-1] - self.elbo[-3]) / num_data
-        if not math.isfinite(self.elbo[-1]):
+        gain = (self.fitted[-1] - self.fitted[-3]) / num_data
+        if not math.isfinite(self.fitted[-1]):
             self.status = "diverged"
-            self.reason = f"the ELBO is {self.elbo[-1]} in iteration {iteration}"
+            self.reason = f"the ELBO is {self.fitted[-1]} in iteration {iteration}"
         elif gain < tol:
             self.status = "converged"
             self.reason = (
@@ -244,3 +266,9 @@ class _Climb:
             )
         elif iteration >= max_iter:
             self.status, self.reason = "max_steps", f"all {max_iter} iterations are done"
+        excess = (self.fitted[-1] - self.elbo[-1]) / num_data
+        if self.status != "running" and excess > _MUCH:
+            self.reason += (
+                f"; over the draws that were climbed the ELBO is {excess:.2g} nats per datum "
+                "higher than over others: take more, EM(..., objective=ELBO(num_particles=...))"
+            )

@@ -39,9 +39,14 @@ from lvppl.mixtures.lloyd import Centres, first_max
 __all__ = ["MixtureKernel", "MixtureStatistics"]
 
 
+_MOST_CANCELLED = 1e8  # (spread / sigma)^2 that leaves 1e-8 of a second moment
+
+
 @dataclass(frozen=True)
 class MixtureStatistics:
     """What one E-step leaves for the M-step; float64, about the locations of that E-step.
+
+    Second moments have a relative error of about 1e-16 (spread / sigma)^2; see ``resolves``.
 
     The M-step is mu_k + first_k / counts_k and, for a full covariance, second_k / counts_k minus
     the outer product of the step first_k / counts_k with itself.
@@ -122,6 +127,18 @@ class MixtureKernel:
                 "the data of a mixture must be finite, but some are NaN or infinite: drop or "
                 "impute them first"
             )
+
+    def resolves(self, scale: Tensor) -> bool:
+        """Whether moments about the mean of the data tell widths like these, to 1e-8 of themselves.
+
+        They cancel by (spread / sigma)^2; narrower components want sums of residuals.
+
+        Args:
+            scale: as in a call.
+        """
+        widths = scale.diagonal(dim1=-2, dim2=-1) if self.covariance in ("full", "tied") else scale
+        spread = self._square_norm / len(self.y)
+        return bool(spread <= _MOST_CANCELLED * widths.double().square().amin())
 
     @torch.no_grad()
     def __call__(

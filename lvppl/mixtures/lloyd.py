@@ -49,8 +49,7 @@ class Centres:
         """Sums of y less the shift by the component that is chosen, (K, D), and counts, (K,)."""
         if y.shape[1] <= _WIDEST_TILE and native.takes(y, self.loc.numel()):
             given = [part.to(y.dtype) for part in (self.shift, self.loc, self.bias)]
-            total, counts = native.kmeans_sums(y, *given)
-            return total - counts[:, None] * self.shift, counts
+            return native.kmeans_sums(y, *given)
         total, counts = torch.zeros_like(self.loc), torch.zeros_like(self.preference)
         part = y.new_empty(self.loc.shape)
         for _, data, scores in self.scores(y, chunk):

@@ -48,7 +48,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(found.origin)
-        if library.lvppl_vector_bytes() < 32:
+        if library.lvppl_vector_bytes() == 0:
             return None
         for name, types in _SIGNATURES.items():
             getattr(library, name).argtypes = types
@@ -109,7 +109,7 @@ def mixture_totals(
 
 
 def kmeans_sums(y: Tensor, shift: Tensor, slope: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the data nearest to each centre, (K, D), and their numbers, (K,), in float64.
+    """Sums of y less the shift of the data nearest to each centre, (K, D), and their counts, (K,).
 
     Args:
         y: data, (N, D).

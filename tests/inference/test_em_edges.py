@@ -160,7 +160,7 @@ FAMILIES: dict[str, tuple[Model, Callable[[], Tensor], dict[str, str]]] = {
             rate=(positive, [1.0, 0.5]),
         ),
         lambda: WAITS,
-        {"shape": CONDITIONAL, "rate": CONDITIONAL},
+        {"shape": CLOSED, "rate": CLOSED},
     ),
     "Gamma of one shape": (
         mixture(

@@ -440,3 +440,29 @@ def test_a_climb_that_is_interrupted_has_not_moved():
     with pytest.raises(KeyboardInterrupt):
         raise_by_gradient(Interrupted(objective, 6), [x], num_steps=20)
     assert torch.equal(x.detach(), start) and x.grad is None
+
+
+def test_states_that_emit_alike_and_last_differently_are_no_saddle():
+    """Phase-type durations: two states of one symbol, told apart by where they lead."""
+    from lvppl.distributions import HiddenMarkov
+
+    torch.manual_seed(0)
+    path, state = [], 0
+    rows = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.5, 0.0, 0.5]], dtype=torch.float64)
+    for _ in range(400):
+        path.append(state)
+        state = int(torch.multinomial(rows[state], 1))
+    y = (torch.tensor(path) == 2).double()[None]
+
+    def phases(y):
+        initial = rows.new_tensor([0.98, 0.01, 0.01])
+        A = pyro.param("A", rows * 0.8 + 0.2 / 3, constraint=constraints.simplex)
+        p = pyro.param(
+            "p", rows.new_tensor([0.01, 0.01, 0.99]), constraint=constraints.unit_interval
+        )
+        with pyro.plate("sequences", len(y)):
+            emission = dist.Bernoulli(p)
+            pyro.sample("y", HiddenMarkov(initial.log(), A.log(), emission), obs=y)
+
+    fit = lvppl.EM(phases).fit(y, max_iter=30, seed=0, progress=False)
+    assert "alike" not in fit.reason, fit.reason

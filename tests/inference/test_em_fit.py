@@ -291,3 +291,16 @@ def test_bic_of_one_datum_is_refused():
     with pytest.raises(ProgramError, match="the whole data set is one datum"):
         fit.bic(y)
     assert fit.aic(y) == pytest.approx(2 * fit.num_free - 2 * float(fit.log_evidence(y)))
+
+
+def test_what_no_data_bear_upon_is_not_counted():
+    def model(y):
+        logits = pyro.param("logits", torch.zeros(2))
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        pyro.param("unused", torch.ones(7))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(logits=logits))
+            pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+    fit = lvppl.EM(model).fit(torch.randn(20), max_iter=2, seed=0, progress=False)
+    assert fit.num_free == 1 + 2

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -351,3 +352,30 @@ def test_sites_that_depend_on_parameters_are_refused() -> None:
 
     with pytest.raises(lvppl.ProgramError, match=r"'more' is there at some values"):
         lvppl.EM(model).fit(torch.randn(10), progress=False)
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
+def test_both_engines_give_the_same_numbers(monkeypatch, covariance):
+    """By kernels, and by the program's own log-probabilities; the eager one calls no kernel."""
+    from lvppl.inference.fast_mixture import FastMixture
+
+    calls = []
+    kernel = FastMixture.__call__
+    monkeypatch.setattr(
+        FastMixture, "__call__", lambda self, *args: calls.append(1) or kernel(self, *args)
+    )
+    y = torch.cat([torch.randn(40, 2), torch.randn(40, 2) + 3]).double()
+    found = {}
+    for engine in ("auto", "eager"):
+        calls.clear()
+        model = lvppl.models.GaussianMixture(2, 2, covariance=covariance).double()
+        model.loc = torch.tensor([[0.0, 0.5], [2.0, 2.5]], dtype=torch.float64)
+        fit = lvppl.EM(model, engine=engine).fit(y, max_iter=5, tol=0.0, seed=0, progress=False)
+        found[engine] = fit.history["objective"]
+        assert bool(calls) == (engine == "auto") and fit.settings["engine"] == engine
+    np.testing.assert_allclose(found["auto"], found["eager"], rtol=1e-12)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(lvppl.ProgramError, match="'auto' or 'eager', not 'fast'"):
+        lvppl.EM(lvppl.models.GaussianMixture(2, 2), engine="fast")

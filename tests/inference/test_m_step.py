@@ -102,6 +102,13 @@ def gamma_of_one_rate(y: Tensor) -> None:
         pyro.sample("y", dist.Gamma(shape[z], rate), obs=y)
 
 
+def gammas_of_their_own_rates(y: Tensor) -> None:
+    shape, rate = positive("shape", [1.0, 4.0]), positive("rate", [0.5, 2.0])
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Categorical(simplex("weights", [0.4, 0.6])))
+        pyro.sample("y", dist.Gamma(shape[z], rate[z]), obs=y)
+
+
 def one_location_under_two_scales(y: Tensor) -> None:
     loc, scale = real("loc", 0.5), positive("scale", [1.0, 3.0])
     with pyro.plate("data", len(y)):
@@ -188,6 +195,11 @@ JOINT: dict[str, tuple[Model, Tensor, dict[str, str]]] = {
     "Gamma of known shape": (gamma_of_known_shape, WAITS, {"rate": CLOSED, "weights": CLOSED}),
     "Gamma of known rate": (gamma_of_known_rate, WAITS, {"shape": CLOSED}),
     "Gamma of one rate": (gamma_of_one_rate, WAITS, {"shape": CONDITIONAL, "rate": CONDITIONAL}),
+    "Gammas of their own rates": (
+        gammas_of_their_own_rates,
+        WAITS,
+        {"shape": CLOSED, "rate": CLOSED, "weights": CLOSED},
+    ),
     "one location under two scales": (
         one_location_under_two_scales,
         TWO,

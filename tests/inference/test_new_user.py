@@ -258,3 +258,26 @@ def test_a_chain_in_float32_starts_by_kmeans_as_in_float64(covariance):
     found, want = start(y), start(y.double())
     for name, value in want.items():
         assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-5), name
+
+
+def test_one_component_starts_as_any_number_does():
+    y = torch.randn(50, 2) + 3
+    fit = lvppl.EM(lvppl.models.GaussianMixture(1, 2), init="kmeans++").fit(
+        y, seed=0, progress=False
+    )
+    torch.testing.assert_close(fit.model.loc[0].detach(), y.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_centres_of_a_factor_analyser_are_refused(init):
+    """Its latent is continuous: an assignment to centres would be a saddle, W = 0."""
+    y = torch.randn(50, 4, dtype=torch.float64)
+    model = lvppl.models.FactorAnalysis(4, 2).double()
+    with pytest.raises(lvppl.ProgramError, match="discrete latent"):
+        lvppl.EM(model, init=init).fit(y, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("count", [0, 2.5])
+def test_numbers_of_components_are_whole(count):
+    with pytest.raises(ValueError, match="whole number"):
+        lvppl.models.GaussianMixture(count, 2)

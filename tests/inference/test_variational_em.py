@@ -96,3 +96,45 @@ def test_options_of_the_exact_e_step_are_refused() -> None:
         lvppl.EM(model, lambda y: None).fit(Y, progress=False)
     with pytest.raises(lvppl.ProgramError, match="give a guide too"):
         lvppl.EM(model, objective=lvppl.ELBO())
+
+
+def test_a_guide_that_fits_its_draws_is_not_believed() -> None:
+    """The ELBO that is reported is a lower bound; that of the fitted draws is above ln p(y)."""
+
+    def normal(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def per_datum(y: Tensor) -> None:
+        mean = pyro.param("mean", torch.zeros(len(y)))
+        width = pyro.param("width", torch.ones(len(y)), constraint=constraints.positive)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(mean, width))
+
+    y = 1.2 * torch.randn(200)
+    fit = lvppl.EM(normal, per_datum).fit(y, max_iter=30, seed=0, progress=False)
+    best = dist.Normal(y.mean(), 1.25**0.5).log_prob(y).sum()  # no other loc has a larger ln p(y)
+    assert fit.history["elbo"][-1] < float(best)
+    assert "nats per datum higher than over others" in fit.reason
+
+
+def test_discrete_sites_of_a_guide_are_enumerated() -> None:
+    """Without a mark too: then the ELBO is exact, and at the end ln p(y)."""
+
+    def mixture(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc[z.long()], 1.0), obs=y)
+
+    def own(y: Tensor) -> None:
+        p = pyro.param("p", torch.full((len(y),), 0.5), constraint=constraints.unit_interval)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Bernoulli(p))
+
+    y = torch.cat([torch.randn(30) - 2, torch.randn(30) + 2])
+    fit = lvppl.EM(mixture, own).fit(y, max_iter=50, seed=0, progress=False)
+    kl = fit.history["kl"]
+    assert (kl > -1e-4).all() and kl[-2] < 1e-2

@@ -309,3 +309,50 @@ def test_parameters_that_do_not_fit():
             kernel(*arguments)
     with pytest.raises(ProgramError, match="one number per datum"):
         kernel(log_weights, loc, scale, weight=torch.ones(3))
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_narrow_components_are_told_apart(covariance):
+    """Second moments about the mean of the data cannot tell these widths: EM sums residuals."""
+    import lvppl
+
+    width = 1e-8
+    noise = torch.randn(2, 200, 2, dtype=torch.float64)
+    y = torch.cat([width * noise[0], 1 + width * noise[1]])
+    model = lvppl.models.GaussianMixture(2, 2, covariance=covariance).double()
+    model.loc = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double()
+    start = torch.full((2, 2), 2 * width, dtype=torch.float64)
+    if covariance == "diag":
+        model.scale = start
+    else:
+        model.scale_tril = torch.diag_embed(start)
+    fit = lvppl.EM(model, floor=0.0).fit(y, max_iter=1, seed=0, progress=False)
+    want = torch.stack([part.var(0, correction=0) for part in y.split(200)])
+    if covariance == "full":
+        tril = next(v for n, v in fit.params.items() if n.endswith("scale_tril"))
+        found = (tril @ tril.mT).diagonal(dim1=1, dim2=2)
+    else:
+        found = next(v for n, v in fit.params.items() if n.endswith("scale")).square()
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+
+
+def test_sums_by_label_hold_far_from_the_origin():
+    loc, far = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), 2.0**27
+    y = (
+        torch.randn(20_000, 2, dtype=torch.float64) * 2**20
+    ).round() / 2**20  # exact at both places
+    near = MixtureKernel(y, covariance="unit", hard=True)(torch.zeros(2), loc, second=False)
+    there = MixtureKernel(y + far, covariance="unit", hard=True)
+    found = there(torch.zeros(2), loc + far, second=False)
+    assert torch.equal(found.counts, near.counts)
+    torch.testing.assert_close(found.objective, near.objective, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.first, near.first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "unit"])
+def test_a_component_that_is_nan_is_not_passed_over(covariance):
+    y = torch.randn(300, 2, dtype=torch.float64)
+    loc = torch.tensor([[0.0, 0.0], [torch.nan, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    scale = torch.ones(3, 2, dtype=torch.float64) if covariance == "diag" else None
+    kernel = MixtureKernel(y, covariance=covariance, hard=True)
+    assert kernel(torch.zeros(3), loc, scale, second=False).objective.isnan()

@@ -166,7 +166,10 @@ class Choice:
         self._own_rate = separation.with_own_rate(by_formula)
         for name in by_formula:
             role = self._uses[name][0].role if self._uses[name] else ""
-            if role == "concentration" and not self.parameters[name].part_of(self._own_rate).all():
+            together = bool(self.parameters[name].part_of(self._own_rate).all())
+            if together:
+                steps[name] = replace(steps[name], how="closed form")
+            elif role == "concentration":
                 steps[name] = replace(steps[name], form=FORMULA["concentration at a rate"])
         return steps
 

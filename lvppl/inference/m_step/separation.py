@@ -67,14 +67,15 @@ class Separation:
         return any(not _is_constant(b) for b in self._arguments(name, other))
 
     def _follows(self, name: str, separated: set[str]) -> bool:
-        """Whether it is a scale about locations that are not at the joint maximum."""
+        """Whether it is a scale about locations, or of a latent, not at the joint maximum."""
         return any(
-            use.role in ("scale", "cholesky") and not self._locations_of(use.site) <= separated
+            (use.role in ("scale", "cholesky") and not self._locations_of(use.site) <= separated)
+            or (use.site in self.latents - separated)
             for use in self.uses[name]
         )
 
     def with_own_rate(self, by_formula: set[str]) -> Tensor:
-        """Which concentrations meet one rate that meets them alone and nothing else, (entries,).
+        """Concentrations that meet one rate which meets nothing else, and these rates, (entries,).
 
         Such a pair of a Gamma is maximised jointly; any other concentration is, at present rates.
         """
@@ -99,6 +100,7 @@ class Separation:
         own = rates[rate] & (partners[concentration] == 1) & (others[rate] == 1)
         found = torch.zeros(count, dtype=torch.bool)
         found[concentration[own]] = True
+        found[rate[own]] = True
         return found
 
     def _locations_of(self, site: str) -> set[str]:

@@ -1,7 +1,8 @@
 /* Includes LOOPS once for each generation of processor, with vectors as wide as its registers.
  *
  * LOOPS sees VECTOR_BYTES and NAME(f), and defines static functions NAME(f); CHOSEN(f) is the one
- * for the processor at hand. lvppl_vector_bytes says how wide its vectors are.
+ * for the processor at hand. On other processors, and with other compilers, there is nothing: there
+ * torch is as fast.
  */
 
 #ifndef LVPPL_FOR_EACH_PROCESSOR_H
@@ -38,18 +39,6 @@
 #define HAS_64 (HAS("avx512f") && HAS("avx512dq") && HAS("avx512vl") && HAS("avx512bw"))
 #define HAS_32 (HAS("avx2") && HAS("fma"))
 #define CHOSEN(f) (HAS_64 ? f##_64 : f##_32)
-
-#else
-
-#define NAME(f) f##_16
-#define VECTOR_BYTES 16
-#include LOOPS
-#undef NAME
-#undef VECTOR_BYTES
-
-#define HAS_64 0
-#define HAS_32 0
-#define CHOSEN(f) f##_16
 
 #endif
 #endif

@@ -32,9 +32,10 @@ INLINE void TYPED(nearest)(const vec *tile, int64_t dim, int64_t count, const RE
     }
 }
 
-INLINE void TYPED(add)(const REAL *restrict row, int64_t dim, double *restrict sum) {
+INLINE void TYPED(add)(const REAL *restrict row, const REAL *restrict shift, int64_t dim,
+                       double *restrict sum) {
 #pragma omp simd
-    for (int64_t d = 0; d < dim; d++) sum[d] += row[d];
+    for (int64_t d = 0; d < dim; d++) sum[d] += row[d] - shift[d];
 }
 
 static int TYPED(kmeans)(const REAL *y, int64_t rows, int64_t dim, int64_t count,
@@ -58,7 +59,7 @@ static int TYPED(kmeans)(const REAL *y, int64_t rows, int64_t dim, int64_t count
         for (int64_t t = 0; t < here; t++) {
             int64_t k = ((INDEX *)label)[t];
             counts[k] += 1.0;
-            TYPED(add)(y + t * dim, dim, sums + k * dim);
+            TYPED(add)(y + t * dim, shift, dim, sums + k * dim);
         }
     }
     free(memory);

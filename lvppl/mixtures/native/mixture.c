@@ -12,6 +12,8 @@
 #define LOOPS "mixture_loops.h"
 #include "for_each_processor.h"
 
+#ifdef CHOSEN
+
 /* Arguments: y (rows, dim), double or float; shift (dim); factor (count, dim, dim), or
  * (count, dim) where it is diagonal; offset (count, dim); constant (count). Written: total
  * (count, width), width = dim (dim + 1) / 2 + dim + 1, or 2 dim + 1 where it is diagonal; and the
@@ -24,11 +26,13 @@ int lvppl_mixture(const void *y, int is_double, int64_t rows, int64_t dim, int64
                            diagonal, hard, total, objective);
 }
 
-/* 64, 32 or 16; 0 where the processor lacks what this file was compiled for. */
+#endif
+
+/* 64 or 32; 0 where these loops were not compiled, or the processor lacks what they need. */
 int lvppl_vector_bytes(void) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef CHOSEN
     return HAS_64 ? 64 : HAS_32 ? 32 : 0;
 #else
-    return 16;
+    return 0;
 #endif
 }

@@ -14,7 +14,7 @@ INLINE vec NAME(chosen)(mask where, vec yes, vec no) {
 }
 
 /* exp(x) for x <= 0 to an ulp or two: x = n ln 2 + r, and Taylor's series of exp r. Zero below
- * the smallest normal number. */
+ * exp(-708), near the smallest normal number. */
 INLINE vec NAME(exponential)(vec x) {
     const vec smallest = (vec){0} - 708.0, magic = (vec){0} + 0x1.8p52;
     mask vanishes = x < smallest;
@@ -99,7 +99,7 @@ INLINE double NAME(choose)(vec *scores, int64_t count, int64_t rows) {
         mask label = {0};
         for (int64_t k = 1; k < count; k++) {
             vec s = scores[k * VECS + v];
-            mask more = s > largest;
+            mask more = (s > largest) | (s != s); /* a NaN wins, and stays */
             largest = NAME(chosen)(more, s, largest);
             label = (more & k) | (~more & label);
         }
