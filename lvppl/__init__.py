@@ -24,7 +24,8 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
-from lvppl.inference.likelihood import LikelihoodEstimate, log_likelihood
+from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
+from lvppl.inference.likelihood.annealed import Annealing, bidirectional
 from lvppl.inference.svi import SVI
 from lvppl.inspection.arviz import to_arviz
 from lvppl.io import load, save
@@ -45,12 +46,14 @@ __all__ = [
     "EM",
     "IWAE",
     "SVI",
+    "Annealing",
     "CheckReport",
     "CyclicSchedule",
     "EMFit",
     "ExactPosterior",
     "Fit",
     "HardELBO",
+    "LikelihoodComparison",
     "LikelihoodEstimate",
     "LinearSchedule",
     "LogEvidence",
@@ -61,6 +64,7 @@ __all__ = [
     "Report",
     "Terms",
     "amortization_gap",
+    "bidirectional",
     "check",
     "data",
     "load",

@@ -1,5 +1,7 @@
 """Pyro distributions that latent variable models need and Pyro lacks.
 
+:class:`Autoregressive`
+    a product of conditionals in any order, by one network: ``log_prob`` in one pass.
 :class:`DiscretizedLogistic`
     a likelihood for ordinal data on a finite grid of levels, such as the grey levels of a pixel.
 :class:`Quantized`
@@ -16,6 +18,7 @@
 Pyro itself has the beta-binomial (:class:`pyro.distributions.BetaBinomial`).
 """
 
+from lvppl.distributions.autoregressive import Autoregressive
 from lvppl.distributions.bin_mass import log_bin_mass
 from lvppl.distributions.discretized_logistic import DiscretizedLogistic
 from lvppl.distributions.dithered import Dithered
@@ -27,6 +30,7 @@ from lvppl.distributions.rounding import straight_through_round
 from lvppl.distributions.uniform_noise import UniformNoise
 
 __all__ = [
+    "Autoregressive",
     "DiscretizedLogistic",
     "Dithered",
     "FiniteGrid",

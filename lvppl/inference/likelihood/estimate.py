@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["LikelihoodEstimate"]
 
 
-_SOURCES = {"importance": "guide", "prior": "prior", "uniform": "states, all alike"}
+_SOURCES = {
+    "ais": "prior or the guide, annealed",
+    "importance": "guide",
+    "prior": "prior",
+    "uniform": "states, all alike",
+}
 
 
 @dataclass(frozen=True, eq=False)
