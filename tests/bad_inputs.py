@@ -1472,12 +1472,12 @@ TOPICS["Estimates, draws and exports"] = [
     call(
         '`estimator="bridge"`',
         lambda _: lvppl.log_likelihood(MODEL, Y, guide=GUIDE, estimator="bridge"),
-        "estimator must be one of ('importance', 'naive') … 'bridge'",
+        "estimator must be one of ('ais', 'exact', 'importance', … 'bridge'",
     ),
     call(
         "importance sampling without a guide",
         lambda _: lvppl.log_likelihood(MODEL, Y),
-        'none was given … pass guide= … estimator="naive"',
+        'none was given … pass guide= … estimator="prior"',
     ),
     call(
         "`log_likelihood(num_samples=0)`",
