@@ -116,7 +116,7 @@ def _finite(site: Any, data: set[str]) -> FiniteLatent:
         base = base.base_dist
     if not getattr(base, "has_enumerate_support", False):
         raise ProgramError(
-            f"Latent '{site['name']}' ({kind_of(site)}) has no finite support, so that its states "
+            f"Latent '{site['name']}' ({kind_of(base)}) has no finite support, so that its states "
             "cannot be swept. Give it a guide and use estimator='importance'."
         )
     for plate in plates_of(site):

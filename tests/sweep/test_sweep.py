@@ -1,0 +1,93 @@
+"""Sums over every state against one table of all of them."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from lvppl.errors import ProgramError
+from lvppl.sweep import swept_evidence
+from lvppl.sweep.quadratic import Quadratic, all_bits
+
+
+def program(kind: str, n: int, dim: int):
+    """Bits that a weight matrix mixes, under three observations."""
+    W, b = 0.3 * torch.randn(n, dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
+    on = torch.full((n,), 0.3, dtype=torch.float64)
+
+    def observation(z):
+        x = z @ W + b
+        if kind == "bernoulli":
+            return dist.Bernoulli(logits=x)
+        return dist.Normal(x if kind == "quadratic" else x.tanh(), 1.0)
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(on).to_event(1))
+            pyro.sample("y", observation(z).to_event(1), obs=y)
+
+    def brute(y):
+        z = all_bits(n, on)
+        prior = dist.Bernoulli(on).log_prob(z).sum(-1)
+        return (prior + observation(z).log_prob(y[:, None]).sum(-1)).logsumexp(1)
+
+    return model, brute
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "bernoulli", "program"])
+@pytest.mark.parametrize("n", [1, 5, 13])
+def test_every_form_is_the_whole_table(kind, n):
+    model, brute = program(kind, n, 4)
+    y = torch.randn(3, 4, dtype=torch.float64)
+    y = y.gt(0).double() if kind == "bernoulli" else y
+    found = swept_evidence(model, (y,), {})
+    assert found.num_states == 2**n and found.form == (kind if n == 13 else "program")
+    torch.testing.assert_close(found.log_prob, brute(y), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 12])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_quadratics_of_any_size(n, size):
+    """Where the parts' maxima are not reached together, sums are taken again in log space."""
+    pairs = (size * torch.randn(2, n, n, dtype=torch.float64)).triu(1)
+    linear = size * torch.randn(2, n, dtype=torch.float64)
+    f = Quadratic(torch.randn(2, dtype=torch.float64), linear, pairs)
+    want = f(all_bits(n, linear)).logsumexp(0)
+    torch.testing.assert_close(f.log_sum_exp(), want, rtol=1e-12, atol=1e-10)
+
+
+def test_states_of_several_sites():
+    """Digits, bits and a plate inside the datum."""
+    table = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def model(y):
+        with pyro.plate("data", len(y), dim=-2):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5]).double()))
+            with pyro.plate("inner", 2, dim=-1):
+                b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.4).double()))
+                mean = table[k.long()][..., 0, 0] + b if k.dim() else table[0, 0, 0] + b
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.randn(4, 2, dtype=torch.float64)
+    found = swept_evidence(model, (y,), {})
+    assert found.num_states == 3 * 2 * 2
+    mean = table[:, 0, 0][:, None] + torch.tensor([0.0, 1.0]).double()  # (k, b)
+    log_b = torch.tensor([0.6, 0.4]).double().log()
+    each = (log_b + dist.Normal(mean, 1.0).log_prob(y[:, :, None, None])).logsumexp(-1)
+    log_k = torch.tensor([0.2, 0.3, 0.5]).double().log()
+    torch.testing.assert_close(found.log_prob, (log_k + each.sum(1)).logsumexp(-1))
+
+
+def test_what_cannot_be_swept():
+    def continuous(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ProgramError, match=r"'z' \(Normal\) has no finite support"):
+        swept_evidence(continuous, (torch.zeros(2),), {})
+    model, _ = program("program", 30, 2)
+    with pytest.raises(ProgramError, match="joint states"):
+        swept_evidence(model, (torch.zeros(1, 2, dtype=torch.float64),), {})
