@@ -35,6 +35,7 @@ from lvppl.inference.fit import Fit, History, versions
 from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.progress import Progress
 from lvppl.inference.state import FitState, modules_of
+from lvppl.layout import layout_of
 from lvppl.objectives import ELBO
 from lvppl.seeding import derived_seed, seeded
 from lvppl.tracing import trace_pair
@@ -125,14 +126,22 @@ def _bound(
     model: Program, guide: Program, data: Any, kwargs: Any, objective: Any, seed: int, device: Any
 ) -> _Bound:
     """The bound with the guide's discrete sites enumerated, where that can be."""
+    found = _Bound(model, guide, data, kwargs, objective, seed, device)
     if objective is None:
         enumerated = _Bound(model, enumerating(guide), data, kwargs, None, seed, device)
         try:
             enumerated.value()
-            return enumerated
-        except ProgramError:  # a support that is not finite, or sites enumerated in the model
+            found = enumerated
+        except ProgramError:  # some sites are enumerated in the model
             pass
-    return _Bound(model, guide, data, kwargs, objective, seed, device)
+    score = layout_of(model, found.guide, data, kwargs).score_sites
+    if score:
+        raise ProgramError(
+            f"The guide draws '{score[0]}' in a way that has no derivative, so that draws which "
+            "stay the same do not make one function to climb. Use lvppl.SVI, or a finite support, "
+            'enumerated by infer={"enumerate": "parallel"}.'
+        )
+    return found
 
 
 class _Bound:

@@ -79,7 +79,8 @@ def _require_affordable(size: int, form: str) -> None:
         raise ProgramError(
             f"Each datum has {size:.4g} joint states, and a sweep over more than "
             f"{_MOST_STATES[form]:.4g} of this kind would take hours. Give the latents a guide and "
-            "use estimator='importance', or let the program show structure (pyro.markov, plates)."
+            "use estimator='importance', or let the program show structure (pyro.markov, plates). "
+            "Quadratic and Bernoulli forms are recognised in float64 alone."
         )
 
 
@@ -110,6 +111,8 @@ def _states_at_once(joint: Joint) -> int:
 def _recognised(joint: Joint) -> Quadratic | BernoulliSum | None:
     """A form that agrees with the program at its probes and at random states."""
     n = joint.space.num_elements
+    if joint.dtype != torch.float64:
+        return None  # coefficients are differences of sums, which single precision does not hold
     at, values, logits = probes(n), [], []
     for digits in at.split(_states_at_once(joint)):
         terms = joint.terms(digits)

@@ -36,6 +36,11 @@ class Joint:
         )
         self.space = states_of(model, args, kwargs, self.layout)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ln p(z, y)."""
+        return self.log_prob(self.space.digits(0, 1)).dtype
+
     def terms(self, digits: Tensor) -> Terms:
         """The terms of the states with these digits, (particles, E)."""
         batched = len(digits) > 1 and not self.layout.loop_reason

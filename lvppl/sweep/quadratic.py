@@ -36,7 +36,7 @@ class Quadratic:
     Attributes:
         constant: (data,).
         linear: (data, n).
-        pairs: strictly upper triangular, (data or 1, n, n).
+        pairs: strictly upper triangular, (data, n, n).
     """
 
     constant: Tensor
@@ -69,13 +69,8 @@ class Quadratic:
 
     def log_sum_exp(self) -> Tensor:
         """ln of the sum over all 2^n states, (data,)."""
-        shared = len(self.pairs) == 1
-        return self.constant + torch.stack(
-            [
-                _log_sum(linear, self.pairs[0 if shared else i])
-                for i, linear in enumerate(self.linear)
-            ]
-        )
+        each = zip(self.linear, self.pairs, strict=True)
+        return self.constant + torch.stack([_log_sum(*one) for one in each])
 
 
 def bits_from(start: int, count: int, n: int, like: Tensor) -> Tensor:
@@ -97,7 +92,7 @@ def _values(bits: Tensor, linear: Tensor, pairs: Tensor) -> Tensor:
 def _log_sum(linear: Tensor, pairs: Tensor) -> Tensor:
     """ln sum over z of exp(linear z + z pairs z), 0-dim."""
     n = len(linear)
-    inner = min(n, max(n // 2, min(n, 15)))
+    inner = min(n, max(n // 2, 15))
     first = n - inner  # bits of a
     at_c = first + inner // 2
     a, b, c = slice(0, first), slice(first, at_c), slice(at_c, n)

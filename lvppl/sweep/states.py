@@ -19,9 +19,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
+from lvppl.enumerated import user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.tracing import kind_of, plates_of
+from lvppl.replay import is_one
+from lvppl.tracing import is_masked, kind_of, plates_of
 
 __all__ = ["FiniteLatent", "SetStates", "StateSpace", "state_space"]
 
@@ -97,8 +99,14 @@ def state_space(sites: Sequence[Any], layout: Layout) -> StateSpace:
     """The states of the latents that one run without particles draws and does not enumerate.
 
     Raises:
-        ProgramError: a latent is continuous or has no finite support, by site.
+        ProgramError: a latent is continuous or has no finite support, or is masked or scaled, by
+            site; a plate inside the data is subsampled.
     """
+    if layout.subsampled_inside:
+        raise ProgramError(
+            f"Plate '{layout.subsampled_inside[0]}' is subsampled inside each datum, so that its "
+            "scale would stand inside the sum over states. Run the program on full plates."
+        )
     data = {plate.name for plate in layout.data_plates}
     return StateSpace(
         [
@@ -118,6 +126,12 @@ def _finite(site: Any, data: set[str]) -> FiniteLatent:
         raise ProgramError(
             f"Latent '{site['name']}' ({kind_of(base)}) has no finite support, so that its states "
             "cannot be swept. Give it a guide and use estimator='importance'."
+        )
+    if is_masked(site) or not is_one(user_scale(site)):
+        raise ProgramError(
+            f"Latent '{site['name']}' has a mask or a poutine.scale, so that its probabilities do "
+            "not sum to one over the states of a sweep. Take it off, or use estimator='prior' or "
+            "'importance'."
         )
     for plate in plates_of(site):
         if plate.name in data:

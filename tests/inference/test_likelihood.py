@@ -820,3 +820,52 @@ def test_uniform_stays_inside_the_open_interval():
         warnings.simplefilter("error")
         single = drawn(dist.Uniform(torch.zeros(50), 1.0).to_event(1))
     assert single.dtype == torch.float32 and single.max() < 1
+
+
+# ----------------------------------------------------------------------------------- exact sums
+
+
+def bits_and_columns(y):
+    """A bit for each row of a table, and columns that it explains."""
+    with pyro.plate("column", y.shape[1], dim=-1), pyro.plate("row", y.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_exact_sums_keep_the_plates_that_are_asked_for():
+    y = torch.randn(3, 4, dtype=torch.float64)
+    cells = log_likelihood(bits_and_columns, y, estimator="exact")
+    rows = log_likelihood(bits_and_columns, y, estimator="exact", data_plate="row")
+    assert cells.log_prob.shape == (12,) and rows.log_prob.shape == (3,)
+    torch.testing.assert_close(rows.log_prob, cells.log_prob.reshape(3, 4).sum(1))
+
+
+def test_exact_sums_do_not_cut_a_datum():
+    """A latent of all rows: the data set is one datum, and no batch of it is."""
+
+    def shared(y):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.randn(6, dtype=torch.float64)
+    whole = log_likelihood(shared, y, estimator="exact")
+    each = torch.stack([dist.Normal(k, 1.0).log_prob(y).sum() for k in (0.0, 1.0)])
+    prior = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
+    torch.testing.assert_close(whole.log_prob, (prior + each).logsumexp(0)[None])
+    with pytest.raises(ProgramError, match="cannot be cut"):
+        log_likelihood(shared, y, estimator="exact", batch_size=2)
+
+
+def test_exact_sums_are_those_of_any_batch():
+    y = torch.randn(7, dtype=torch.float64)
+
+    def local(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((5,), 0.3).double()).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1).tanh(), 1.0), obs=y)
+
+    whole = log_likelihood(local, y, estimator="exact")
+    parts = log_likelihood(local, y, estimator="exact", batch_size=3)
+    torch.testing.assert_close(parts.log_prob, whole.log_prob, rtol=1e-12, atol=0)
+    assert parts.num_continuous == whole.num_continuous == 7

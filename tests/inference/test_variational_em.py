@@ -138,3 +138,21 @@ def test_discrete_sites_of_a_guide_are_enumerated() -> None:
     fit = lvppl.EM(mixture, own).fit(y, max_iter=50, seed=0, progress=False)
     kl = fit.history["kl"]
     assert (kl > -1e-4).all() and kl[-2] < 1e-2
+
+
+def test_draws_without_a_derivative_are_refused() -> None:
+    """Counts that jump with φ: the mean over fixed draws is no function to climb."""
+
+    def counts(y: Tensor) -> None:
+        rate = pyro.param("rate", torch.tensor(2.0), constraint=constraints.positive)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Poisson(rate))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def own(y: Tensor) -> None:
+        rates = pyro.param("rates", torch.ones(len(y)), constraint=constraints.positive)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Poisson(rates))
+
+    with pytest.raises(lvppl.ProgramError, match="'z' in a way that has no derivative"):
+        lvppl.EM(counts, own).fit(torch.ones(5), seed=0, progress=False)

@@ -97,8 +97,8 @@ def test_one_layer_is_swept_from_two_tables(monkeypatch):
 
 
 def test_the_default_of_thirty_bits_is_recognised():
-    model = SigmoidBeliefNet()
-    y = torch.randint(2, (1, 64)).float()
+    model = SigmoidBeliefNet().double()
+    y = torch.randint(2, (1, 64)).double()
     joint = Joint(model, (y,), {})
     assert joint.space.num_elements == 30
     assert isinstance(lvppl.sweep.evidence._recognised(joint), BernoulliSum)

@@ -91,3 +91,20 @@ def test_what_cannot_be_swept():
     model, _ = program("program", 30, 2)
     with pytest.raises(ProgramError, match="joint states"):
         swept_evidence(model, (torch.zeros(1, 2, dtype=torch.float64),), {})
+
+
+@pytest.mark.parametrize("handler", ["mask", "scale"])
+def test_latents_whose_terms_are_no_probabilities_are_refused(handler):
+    """A masked bit would be counted twice, and a scale would stand inside the sum."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            around = pyro.poutine.mask(mask=torch.tensor(False))
+            if handler == "scale":
+                around = pyro.poutine.scale(scale=2.0)
+            with around:
+                z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6]).double()).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    with pytest.raises(ProgramError, match="mask or a poutine.scale"):
+        swept_evidence(model, (torch.zeros(3, dtype=torch.float64),), {})

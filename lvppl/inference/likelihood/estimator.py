@@ -31,6 +31,7 @@ from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.exact import exact_sum, finite_states
 from lvppl.inference.likelihood.job import Job, Wanted, plan_of, run
 from lvppl.inference.likelihood.proposals import Proposal, defended, importance, prior, uniform
+from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import Trajectory
 from lvppl.inference.psis import tail_size
@@ -144,7 +145,7 @@ def log_likelihood(
         )
     estimate = replace(found, bin_width=bin_width)
     if estimator == "importance":
-        warn(estimate)
+        _warn_of_tails(estimate)
     return estimate
 
 
@@ -173,8 +174,8 @@ def _proposal(
     if estimator == "naive":
         return prior()
     raise ProgramError(
-        'estimator="uniform" draws z from a finite support, but a latent of the model has '
-        'none, or there is no latent. Use estimator="prior" or "importance".'
+        'estimator="uniform" draws z from a finite support, but a latent of the model has none, or '
+        'is masked or scaled, or there is no latent. Use estimator="prior" or "importance".'
     )
 
 
@@ -183,18 +184,11 @@ def _sampled(
 ) -> LikelihoodEstimate:
     plan = plan_of(job, wanted.num_samples, batch_size, sample_chunk)
     sums = run(job, plan, wanted, progress)
-    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
-    return LikelihoodEstimate(
-        log_prob=torch.cat([part.log_prob for part in sums]),
-        std_error=torch.cat([part.std_error for part in sums]),
-        ess=torch.cat([part.ess for part in sums]),
-        khat=torch.cat([part.khat for part in sums]),
-        num_samples=wanted.num_samples,
-        estimator=job.proposal.name,
-        seed=job.seed,
-        num_discrete=discrete,
-        num_continuous=continuous,
-        notes=job.notes(plan.layout),
+    return record_of(
+        job,
+        sums,
+        wanted.num_samples,
+        job.notes(plan.layout),
         defensive=job.proposal.defensive,
         replicates=_beside([part.replicates for part in sums]),
         trajectory=Trajectory.of(sums) if wanted.trajectory else None,
@@ -208,21 +202,22 @@ def _beside(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _exactly(job: Job, batch_size: int | None, progress: bool) -> LikelihoodEstimate:
-    rows = job.rows or 1
-    size = batch_size or rows
-    found = [
-        exact_sum(
+    rows, plan = job.rows or 1, plan_of(job, 1, batch_size, None)
+    found, sizes = [], []
+    for start in range(0, rows, plan.batch):
+        stop = min(start + plan.batch, rows)
+        sizes.append(observed_sizes(job.run(start, stop, plate=plan.plate)))
+        part = exact_sum(
             job.model,
-            job.cut(start, min(start + size, rows)),
+            job.cut(start, stop),
             job.kwargs,
             data_plate=job.data_plate,
             progress=progress,
         )
-        for start in range(0, rows, size)
-    ]
+        found.append(part)
     log_prob = torch.cat([part.log_prob for part in found])
     zero = torch.zeros_like(log_prob)
-    discrete, continuous = observed_sizes(job.run(0, rows))
+    discrete, continuous = (sum(kind) for kind in zip(*sizes, strict=True))
     return LikelihoodEstimate(
         log_prob=log_prob,
         std_error=zero,
@@ -237,7 +232,7 @@ def _exactly(job: Job, batch_size: int | None, progress: bool) -> LikelihoodEsti
     )
 
 
-def warn(estimate: LikelihoodEstimate) -> None:
+def _warn_of_tails(estimate: LikelihoodEstimate) -> None:
     if tail_size(estimate.num_samples) < 5:
         return  # k-hat says nothing about the data then; the summary says so
     flagged = estimate.flagged.tolist()

@@ -46,8 +46,9 @@ def exact_sum(
             states (how many).
     """
     try:
-        found = log_evidence(model, *data, **kwargs)
-        return ExactSum(found.per_datum.double(), "summed by variable elimination")
+        per_datum = log_evidence(model, *data, **kwargs).per_datum.double()
+        kept = _summed_over_others(per_datum, model, data, kwargs, data_plate)
+        return ExactSum(kept, "summed by variable elimination")
     except ProgramError as error:
         structural = error
     if finite_states(model, data, kwargs, data_plate) is None:
@@ -66,3 +67,15 @@ def finite_states(
     except ProgramError:
         return None
     return space if space.num_elements else None
+
+
+def _summed_over_others(
+    per_datum: Tensor, model: Callable[..., Any], data: Any, kwargs: Any, data_plate: Any
+) -> Tensor:
+    """ln p(y) by the plates that ``data_plate`` keeps, from that by every data plate."""
+    every = layout_of(model, None, data, kwargs).data_plates
+    kept = layout_of(model, None, data, kwargs, data_plate=data_plate).data_plates
+    others = [i for i, plate in enumerate(every) if plate not in kept]
+    if not others:
+        return per_datum
+    return per_datum.reshape([plate.size for plate in every]).sum(others).flatten()

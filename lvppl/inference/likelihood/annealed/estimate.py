@@ -27,6 +27,7 @@ from lvppl.inference.likelihood.checks import check_weights
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.job import Job, Plan, plan_of
 from lvppl.inference.likelihood.memory import PassSize, attempt
+from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.seeding import derived_seed, seeded
@@ -74,7 +75,7 @@ def annealed_estimate(
     if size.halvings:
         job.remarks.append(size.note)
     notes = (*notes_of(job, options, acceptance), *job.notes(plan.layout))
-    return _record(job, sums, num_samples, notes)
+    return record_of(job, sums, num_samples, notes, estimator="ais")
 
 
 class _Found(NamedTuple):
@@ -165,21 +166,3 @@ def notes_of(job: Job, options: Annealing, acceptance: list[Tensor]) -> tuple[st
             f"{float(rates.min()):.0%} at the worst datum"
         )
     return tuple(notes)
-
-
-def _record(
-    job: Job, sums: list[WeightSums], num_samples: int, notes: tuple[str, ...]
-) -> LikelihoodEstimate:
-    discrete, continuous = (sum(part.observed[kind] for part in sums) for kind in (0, 1))
-    return LikelihoodEstimate(
-        log_prob=torch.cat([part.log_prob for part in sums]),
-        std_error=torch.cat([part.std_error for part in sums]),
-        ess=torch.cat([part.ess for part in sums]),
-        khat=torch.cat([part.khat for part in sums]),
-        num_samples=num_samples,
-        estimator="ais",
-        seed=job.seed,
-        num_discrete=discrete,
-        num_continuous=continuous,
-        notes=notes,
-    )
