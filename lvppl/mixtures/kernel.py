@@ -17,7 +17,7 @@ thousand sigma.
 
 On processors the same statistics come from one compiled loop over tiles of rows
 (:mod:`lvppl.mixtures.native`), whose residuals are whitened in float64 and do not cancel. Products
-are left for accelerators, for many wide components, tied covariances, weights, and machines for
+are left for accelerators, for many wide components, tied covariances, and machines for
 which nothing was compiled.
 """
 
@@ -148,7 +148,6 @@ class MixtureKernel:
         scale: Tensor | None = None,
         *,
         temperature: float | Tensor = 1.0,
-        weight: Tensor | None = None,
         second: bool = True,
     ) -> MixtureStatistics:
         """One E-step.
@@ -160,7 +159,6 @@ class MixtureKernel:
                 standard deviations, (K, D) for diag, (K,) for spherical, 0-dim or None for unit.
             temperature: T > 0; responsibilities are proportional to (w_k N_k)^(1 / T). Hard
                 assignments do not depend on it.
-            weight: how often each datum counts, shape (N,).
             second: whether second moments are wanted; only k-means, hard and unit, looks at it.
                 Without them sums of the data replace sums of residuals, and the objective, which
                 follows from these, is exact to 1e-16 (spread / sigma)^2 for each datum.
@@ -169,59 +167,11 @@ class MixtureKernel:
             ProgramError: shapes that do not fit each other or the data.
         """
         at = self._parameters(log_weights, loc, scale)
-        if weight is not None and weight.shape != self.y.shape[:1]:
-            raise ProgramError(
-                f"weight has one number per datum, shape ({len(self.y)},); got "
-                f"{tuple(weight.shape)}"
-            )
         if self.hard and self.covariance == "unit":
-            return self._lloyd(at, weight, second)
-        if (
-            weight is None
-            and self.covariance != "tied"
-            and native.takes(self.y, at.natural.numel())
-        ):
+            return self._lloyd(at, second)
+        if self.covariance != "tied" and native.takes(self.y, at.natural.numel()):
             return self._compiled(at, temperature)
-        return self._soft(at, temperature, weight)
-
-    @torch.no_grad()
-    def responsibilities(
-        self,
-        log_weights: Tensor,
-        loc: Tensor,
-        scale: Tensor | None = None,
-        *,
-        temperature: float | Tensor = 1.0,
-    ) -> Tensor:
-        """Responsibilities r_nk, shape (N, K), in the dtype of the data; arguments as in a call."""
-        at = self._parameters(log_weights, loc, scale)
-        result = self.y.new_empty(len(self.y), len(loc))
-        for rows, _, terms in self._terms(at, temperature):
-            _share(terms, self.hard)
-            result[rows] = terms.t().to(result.dtype)
-        return result
-
-    @torch.no_grad()
-    def log_evidence(self, log_weights: Tensor, loc: Tensor, scale: Tensor | None = None) -> Tensor:
-        """ln sum_k w_k N(y_n), nats, float64, shape (N,); the largest term where hard."""
-        at = self._parameters(log_weights, loc, scale)
-        result = self._shift.new_empty(len(self.y))
-        for rows, _, terms in self._terms(at, 1.0):
-            result[rows] = _share(terms, self.hard)
-        return result
-
-    @torch.no_grad()
-    def assignments(self, log_weights: Tensor, loc: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The most probable component of each datum, the first of equals, int64, shape (N,)."""
-        at = self._parameters(log_weights, loc, scale)
-        result = torch.empty(len(self.y), dtype=torch.int64, device=self.y.device)
-        if self.covariance == "unit":
-            for rows, _, scores in self._centres(at).scores(self.y, self.chunk):
-                result[rows] = first_max(scores)[0].flatten()
-        else:
-            for rows, _, terms in self._terms(at, 1.0):
-                result[rows] = first_max(terms)[0]
-        return result
+        return self._soft(at, temperature)
 
     @torch.no_grad()
     def log_densities(self, loc: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -265,24 +215,17 @@ class MixtureKernel:
             total = torch.cat([squares.sum(-1, keepdim=True), rest], -1)
         return self._central(at, objective if self.hard else objective * temperature, total)
 
-    def _soft(
-        self, at: _Parameters, temperature: float | Tensor, weight: Tensor | None
-    ) -> MixtureStatistics:
+    def _soft(self, at: _Parameters, temperature: float | Tensor) -> MixtureStatistics:
         """Statistics by r Phi^T; hard assignments are responsibilities of zero and one."""
         total = torch.zeros_like(at.natural)
         objective = self._shift.new_zeros(())
         scatter = self._scatter()
-        for rows, phi, terms in self._terms(at, temperature):
-            evidence = _share(terms, self.hard)
-            linear = centred = phi[self._rows.order_two : -1]
-            if weight is not None:
-                count = weight[rows].double()
-                evidence, centred = evidence * count, linear * count
-                terms *= count
-            objective += evidence.sum()
+        for _, phi, terms in self._terms(at, temperature):
+            objective += _share(terms, self.hard).sum()
             total.addmm_(terms, phi.t())
             if scatter is not None:
-                scatter.addmm_(centred, linear.t())
+                linear = phi[self._rows.order_two : -1]
+                scatter.addmm_(linear, linear.t())
         if not self.hard:
             objective = objective * temperature
         return self._central(at, objective, total, scatter)
@@ -333,11 +276,11 @@ class MixtureKernel:
             self._rows.fill(data, phi[:, :n])
             yield rows, phi[:, :n]
 
-    def _lloyd(self, at: _Parameters, weight: Tensor | None, second: bool) -> MixtureStatistics:
+    def _lloyd(self, at: _Parameters, second: bool) -> MixtureStatistics:
         """k-means; the objective follows from the sums, as sum of |y|^2 does not depend on them."""
         centres = self._centres(at)
-        if second or weight is not None:
-            counts, first, square = centres.residuals(self.y, weight, self.chunk)
+        if second:
+            counts, first, square = centres.residuals(self.y, self.chunk)
             distance = square.sum()
         else:
             total, counts = centres.sums(self.y, self.chunk)

@@ -58,10 +58,8 @@ class Centres:
             counts.index_add_(0, label, counts.new_ones(()).expand(len(label)))
         return total, counts
 
-    def residuals(
-        self, y: Tensor, weight: Tensor | None, chunk: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts (K,), sums of y - mu (K, D) and of its squared norm (K,), each times its weight.
+    def residuals(self, y: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts (K,), sums of y - mu (K, D) and of its squared norm (K,).
 
         The residuals themselves are summed, in float64: nothing cancels.
         """
@@ -70,15 +68,9 @@ class Centres:
         for rows, _, scores in self.scores(y, chunk):
             label = first_max(scores)[0].flatten()
             residual = y[rows] - loc[label]
-            distance = residual.square().sum(1)
-            if weight is None:
-                count = torch.ones_like(distance)
-            else:
-                count = weight[rows].double()
-                residual, distance = residual * count[:, None], distance * count
-            counts.index_add_(0, label, count)
+            counts.index_add_(0, label, counts.new_ones(()).expand(len(label)))
             first.index_add_(0, label, residual)
-            second.index_add_(0, label, distance)
+            second.index_add_(0, label, residual.square().sum(1))
         return counts, first, second
 
     def scores(self, y: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
