@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.exact_latents import InnerState, Integrated, State, integrated_of, states_of
+from lvppl.exact_latents import (
+    Gaussian,
+    InnerState,
+    Integrated,
+    State,
+    integrated_of,
+    states_of,
+)
 from lvppl.factor_graph import FactorGraph, graph_of
 from lvppl.packed import Reduction, log_max, log_sum_exp, log_sum_exp_sampled
 from lvppl.seeding import seeded
@@ -28,7 +35,7 @@ from lvppl.tracing import kind_of, plates_of
 __all__ = ["Assignment", "ExactPosterior", "LogEvidence", "Moments", "log_evidence", "posterior"]
 
 Program = Callable[..., Any]
-Latent = State | InnerState | Integrated
+Latent = State | InnerState | Integrated | Gaussian
 
 _DRAW_ELEMENTS = 2**24
 """Elements of the factors times draws of one pass."""
@@ -195,7 +202,7 @@ class ExactPosterior:
         self,
         graph: FactorGraph,
         states: Mapping[str, State | InnerState] | None = None,
-        integrated: Mapping[str, Integrated] | None = None,
+        integrated: Mapping[str, Integrated | Gaussian] | None = None,
     ) -> None:
         self._graph = graph
         self._states = states_of(graph) if states is None else states
@@ -359,7 +366,13 @@ class ExactPosterior:
     def _drawn(self, count: int) -> dict[str, Tensor]:
         latents = self._latents
         _, answers = self._solved(latents, log_sum_exp_sampled, num_draws=count)
-        return {name: latent.drawn(answers[name], count) for name, latent in latents.items()}
+        drawn: dict[str, Tensor] = {}
+        for name, latent in latents.items():
+            if not isinstance(latent, Gaussian):
+                drawn[name] = latent.drawn(answers[name], count)
+            elif name not in drawn:
+                drawn |= latent.drawn_together(answers[name], count)
+        return drawn
 
     @property
     def _elements(self) -> int:

@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from lvppl.enumerated import Enumerated, user_scale
+from lvppl.enumerated import Enumerated, is_one, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
@@ -677,8 +677,3 @@ def _closed_kl(q: Any, p: Any) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
-
-
-def is_one(scale: Any) -> bool:
-    """Whether a scale is the number 1; a tensor of scales is taken not to be."""
-    return not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-9)

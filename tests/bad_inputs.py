@@ -545,6 +545,19 @@ def bent_factor(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(slope * u.tanh(), 1.0), obs=y)
 
 
+def heavy_latent(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        u = pyro.sample("u", dist.Laplace(0.0, 1.0))
+        pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+
+def shared_mean_of_components(y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Normal(mean * torch.tensor([1.0, -1.0])[k], 1.0), obs=y)
+
+
 def without_latent(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0), obs=y)
@@ -1695,8 +1708,28 @@ TOPICS["Exact evidence and posteriors"] = [
     ),
     exact(
         "a continuous latent, to be summed",
+        heavy_latent,
+        "Latent 'u' (Laplace) is continuous … Give it a guide … or replace it by a finite grid",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent that a location is not linear in",
         bent_factor,
-        "Latent 'u' (Normal) is continuous … Give it a guide … or replace it by a finite grid",
+        "Site 'y' (Normal) depends on the Gaussian latent 'u', but its location is not an affine "
+        "function … Give the latent a guide",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent of binary data",
+        BITS,
+        "Latent 'z' is Gaussian, but 'y' (Bernoulli) depends on it … Give it a guide",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent that couples the states of all data",
+        shared_mean_of_components,
+        "'mean' and the discrete latent 'k' depend on each other … all their states together … "
+        "Give one of them a guide",
         by=EVIDENCE,
     ),
     exact(

@@ -19,10 +19,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from lvppl.enumerated import user_scale
+from lvppl.enumerated import is_one, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.replay import is_one
 from lvppl.tracing import is_masked, kind_of, plates_of
 
 __all__ = ["FiniteLatent", "SetStates", "StateSpace", "state_space"]
