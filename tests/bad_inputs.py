@@ -1723,6 +1723,7 @@ TOPICS["Exact evidence and posteriors"] = [
         "a Gaussian latent of binary data",
         BITS,
         "Latent 'z' is Gaussian, but 'y' (Bernoulli) depends on it … Give it a guide",
+        Y.gt(0.5).float(),
         by=EVIDENCE,
     ),
     exact(

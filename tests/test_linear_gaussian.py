@@ -449,6 +449,38 @@ def test_the_estimate_of_ln_p_is_the_exact_one():
     torch.testing.assert_close(estimate.log_prob, lvppl.log_evidence(program, y).per_datum)
 
 
+# ------------------------------------------------------------------------------------------- fits
+
+
+def test_em_of_a_dynamical_system():
+    """Parameters by EM; its ln p(y), gradient and smoothed states by the algebra of this module."""
+    states = [noise(30, 2, seed=60)]
+    for i in range(4):
+        states.append(states[-1] @ A.T + 0.6 * noise(30, 2, seed=61 + i))
+    y = torch.stack(states, 1) + 0.3 * noise(30, 5, 2, seed=70)
+
+    def program(y):
+        B = pyro.param("B", lambda: 0.5 * torch.eye(2))
+        q = pyro.param("q", lambda: t([0.7, 0.9]), constraint=dist.constraints.positive)
+        x = None
+        with pyro.plate("data", len(y)):
+            for i in range(y.shape[1]):
+                loc, scale = (torch.zeros(2), torch.ones(2)) if x is None else (x @ B.T, q)
+                x = pyro.sample(f"x_{i}", dist.Normal(loc, scale).to_event(1))
+                pyro.sample(f"y_{i}", dist.Normal(x, 0.3).to_event(1), obs=y[:, i])
+
+    fit = lvppl.EM(program).fit(y, max_iter=60, tol=1e-12, seed=0, progress=False)
+    assert {fit.m_step.get(name).how for name in ("B", "q")} == {"closed form"}
+    assert float(fit.log_evidence(y)) == pytest.approx(fit.objective_value, rel=1e-9)
+    params = {name: value.clone().requires_grad_() for name, value in fit.params.items()}
+    at = poutine.substitute(program, data=params)
+    exact = lvppl.log_evidence(at, y)
+    slopes = torch.autograd.grad(exact.total, list(params.values()))
+    assert max(float(slope.abs().max()) for slope in slopes) < 1e-3
+    smoothed, expected = fit.posterior(y).moments("x_2"), Oracle(at, y).of("x_2")
+    torch.testing.assert_close(smoothed.mean.flatten(), expected[0], rtol=1e-7, atol=1e-8)
+
+
 # ---------------------------------------------------------------------------------------- refused
 
 
