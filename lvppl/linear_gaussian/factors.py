@@ -28,7 +28,15 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 
-__all__ = ["Quadratic", "Residual", "aligned", "integrated_out", "product", "without_plates"]
+__all__ = [
+    "Quadratic",
+    "Residual",
+    "aligned",
+    "common_shape",
+    "integrated_out",
+    "product",
+    "without_plates",
+]
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,11 @@ def aligned(tensor: Tensor, dims: str, wanted: str, event_dim: int) -> Tensor:
     return tensor
 
 
+def common_shape(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Of aligned tensors, which have as many dimensions; torch's own takes a tenth of a ms."""
+    return [max(sizes) for sizes in zip(*shapes, strict=True)]
+
+
 def product(factors: Sequence[Quadratic]) -> Quadratic:
     """Over the variables and the batch dimensions of all of them."""
     if len(factors) == 1:
@@ -129,7 +142,7 @@ def product(factors: Sequence[Quadratic]) -> Quadratic:
         )
         for f in factors
     ]
-    batch = torch.broadcast_shapes(*(c.shape for *_, c in parts))
+    batch = common_shape([c.shape for *_, c in parts])
     P = parts[0][1].new_zeros(*batch, total, total)
     h = parts[0][2].new_zeros(*batch, total)
     c = parts[0][3].new_zeros(batch)
@@ -202,7 +215,7 @@ def _cholesky(precision: Tensor, name: str) -> Tensor:
 
 
 def _solved(L: Tensor, right: Tensor) -> Tensor:
-    batch = torch.broadcast_shapes(L.shape[:-2], right.shape[:-2])
+    batch = common_shape([L.shape[:-2], right.shape[:-2]])
     found: Tensor = torch.linalg.solve_triangular(
         L.expand(*batch, *L.shape[-2:]), right.expand(*batch, *right.shape[-2:]), upper=False
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 from lvppl.enumerated import is_one, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.linear_gaussian.factors import Residual, aligned
+from lvppl.linear_gaussian.factors import Residual, aligned, common_shape
 from lvppl.linear_gaussian.placing import Frame, Law, Placed, gaussian_law
 from lvppl.packing import Packing
 from lvppl.replay import Replay
@@ -427,7 +427,7 @@ class _Affine:
             aligned(tensor, names, whole, events)
             for tensor, names, events in ((w, dims, 1), (J, own, 2), (c, last, 0))
         ]
-        batch = torch.broadcast_shapes(*(t.shape[: len(whole)] for t in parts))
+        batch = common_shape([t.shape[: len(whole)] for t in parts])
         parts = [t.expand((*batch, *t.shape[len(whole) :])) for t in parts]
         w, J, c = parts
         names, sizes = (v.name for v in self.scope), (v.size for v in self.scope)
