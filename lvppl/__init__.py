@@ -38,6 +38,7 @@ from lvppl.objectives import (
     Objective,
     RateDistortion,
     Report,
+    ReweightedWakeSleep,
 )
 from lvppl.terms import Terms, trace_terms
 
@@ -62,6 +63,7 @@ __all__ = [
     "ProgramError",
     "RateDistortion",
     "Report",
+    "ReweightedWakeSleep",
     "Terms",
     "amortization_gap",
     "bidirectional",

@@ -100,6 +100,11 @@ def _loss(objective: Any, model: Program, guide: Program, *data: Any) -> Tensor:
     return objective.differentiable_loss(model, guide, *data)
 
 
+def _wake(model: Program, guide: Program, **options: Any) -> Tensor:
+    objective = lvppl.ReweightedWakeSleep(**{"num_particles": 2} | options)
+    return objective.differentiable_loss(model, guide, Y)
+
+
 def _pyro_step(model: Program, guide: Program, *data: Any) -> Any:
     optimizer = pyro.optim.Adam({"lr": 0.01})
     return pyro.infer.SVI(model, guide, optimizer, loss=lvppl.ELBO()).step(*data)
@@ -449,6 +454,19 @@ def flow_guide(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         base = dist.Normal(y.new_zeros(len(y), 3), 1.0).to_event(1)
         pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+
+def learned_model(y: Tensor) -> None:
+    loc = pyro.param("m", lambda: torch.tensor(0.1))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def two_coins(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", coin(y))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=y)
 
 
 def half_scaled(y: Tensor) -> None:
@@ -1177,6 +1195,49 @@ TOPICS["Objectives"] = [
         '`gradient="dreg"` with a guide under `poutine.scale`',
         lambda _: _loss(lvppl.IWAE(num_particles=2, gradient="dreg"), MODEL, half_scaled, Y),
         "'z' … poutine.scale … Use gradient='standard'",
+    ),
+    call(
+        '`ReweightedWakeSleep(phase="dream")`',
+        lambda _: lvppl.ReweightedWakeSleep(num_particles=2, phase="dream"),
+        "phase must be 'wake', 'sleep' or 'both' … 'dream'",
+    ),
+    call(
+        "`ReweightedWakeSleep` where model and guide share a parameter",
+        lambda _: _wake(
+            learned_model,
+            guide_of(lambda y: dist.Normal(pyro.param("m", torch.tensor(0.1)) * y, 1.0)),
+        ),
+        "share parameter 'm' … Give each its own … or use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a point guide",
+        lambda _: _wake(MODEL, guide_of(lambda y: dist.Delta(y * pyro.param("loc")))),
+        "'z' is a point … Use HardELBO",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a site enumerated in the guide",
+        lambda _: _wake(two_coins, enumerating_guide),
+        "'k' is enumerated … Take the mark for enumeration off",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a guide under `poutine.scale`",
+        lambda _: _wake(MODEL, half_scaled),
+        "'z' … poutine.scale … use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` of a latent without a guide",
+        lambda _: _wake(MODEL, no_guide, strict=False),
+        "'z' is drawn from its prior … Add it to the guide",
+    ),
+    call(
+        "dreams of a model with a `pyro.factor`",
+        lambda _: _wake(loopy, GUIDE, phase="sleep"),
+        "'coupling' is a pyro.factor … cannot be simulated … phase='wake'",
+    ),
+    call(
+        "dreams of data that are no argument as they are",
+        lambda _: _wake(lambda y: MODEL(y + 0.0), GUIDE, phase="sleep"),
+        "'y' observes no argument as it is … Write obs=y … phase='wake'",
     ),
     call(
         '`gradient="stl"` with a flow that has no inverse',
