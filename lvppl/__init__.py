@@ -24,6 +24,7 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
+from lvppl.inference.gradients import GradientAudit, audit_gradients
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
 from lvppl.inference.svi import SVI
@@ -53,6 +54,7 @@ __all__ = [
     "EMFit",
     "ExactPosterior",
     "Fit",
+    "GradientAudit",
     "HardELBO",
     "LikelihoodComparison",
     "LikelihoodEstimate",
@@ -66,6 +68,7 @@ __all__ = [
     "ReweightedWakeSleep",
     "Terms",
     "amortization_gap",
+    "audit_gradients",
     "bidirectional",
     "check",
     "data",

@@ -1529,6 +1529,14 @@ TOPICS["Fits"] = [
     ),
 ]
 
+
+class _Infinite(lvppl.ELBO):
+    """A loss that has overflowed."""
+
+    def per_datum(self, terms: lvppl.Terms) -> Tensor:
+        return math.inf * super().per_datum(terms)
+
+
 TOPICS["Estimates, draws and exports"] = [
     call(
         '`estimator="bridge"`',
@@ -1588,6 +1596,33 @@ TOPICS["Estimates, draws and exports"] = [
         "`amortization_gap` of a latent that depends on another",
         lambda _: lvppl.amortization_gap(chained_model, chained_guide, Y),
         "latent 'w' … depend on another latent … .eval()",
+    ),
+    call(
+        "`audit_gradients` of no objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [], Y),
+        "at least one objective … lvppl.ELBO",
+    ),
+    call(
+        "`audit_gradients(num_repetitions=1)`",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [lvppl.ELBO()], Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`audit_gradients` of the name of an objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, {"mine": "ELBO"}, Y),
+        "'mine' is 'ELBO' … no differentiable_loss … lvppl.IWAE(",
+    ),
+    call(
+        "`audit_gradients` of programs without parameters",
+        lambda _: lvppl.audit_gradients(MODEL, parameterless_guide, [lvppl.ELBO()], Y),
+        "Neither model nor guide has a parameter … pyro.param",
+    ),
+    call(
+        "`audit_gradients` where gradients are not finite",
+        lambda _: lvppl.audit_gradients(
+            MODEL, guide_of(), {"infinite": _Infinite()}, Y, num_repetitions=2
+        ),
+        "Under infinite the gradient of parameter 'loc' is not finite … lvppl.check",
     ),
     call(
         "`posterior(num_samples=0)`",

@@ -132,17 +132,21 @@ class Objective(PyroLoss):
         return None
 
     def outcome(self, terms: Terms, prob: Tensor) -> Tensor:
-        """What draws that come up with probability ``prob`` add to the expected loss, (data,).
+        """What particles that come up with probability ``prob`` add to the expected loss, (data,).
 
-        Summed over all that can be drawn it has the gradient that the loss is an unbiased estimate
-        of: ``prob``, (data,), moves with the guide and the draws do not.
+        Summed over all that can be drawn it has the gradient that the loss's own is an unbiased
+        estimate of: ``prob``, (data,), moves with the guide, and the draws do not.
         """
         return prob * self.per_datum(terms)
 
     @property
-    def sums_outcomes(self) -> bool:
-        """Whether ``outcome`` makes the expected loss: not if data are mixed, or more is drawn."""
-        return True
+    def outcome_particles(self) -> int | None:
+        """Particles of one outcome: 1 is enough where the loss is a mean over them.
+
+        Their order does not count. ``None`` where outcomes do not sum to the expected loss, as when
+        data are mixed in it.
+        """
+        return self.num_particles
 
     def describe(self, terms: Terms) -> Report:
         """The report of these terms."""

@@ -128,8 +128,8 @@ class RateDistortion(Objective):
         return rest + free.expand(terms.num_data)
 
     @property
-    def sums_outcomes(self) -> bool:
-        return not self.free_nats  # which are free on average over the batch
+    def outcome_particles(self) -> int | None:
+        return None if self.free_nats else 1  # which are free on average over the batch
 
     # ----------------------------------------------------------------------- λ driven to a target
 

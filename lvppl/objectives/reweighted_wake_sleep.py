@@ -138,8 +138,8 @@ class ReweightedWakeSleep(Objective):
         return prob.detach() * self._weighted(terms)
 
     @property
-    def sums_outcomes(self) -> bool:
-        return self.phase == "wake"
+    def outcome_particles(self) -> int | None:
+        return self.num_particles if self.phase == "wake" else None  # dreams are drawn as well
 
     def describe(self, terms: Terms) -> IWAEReport:
         report = self.standard_report(terms, form="kl")
