@@ -24,6 +24,8 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
+from lvppl.inference.gap_record import Gaps
+from lvppl.inference.gaps import gaps
 from lvppl.inference.gradients import GradientAudit, audit_gradients
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
@@ -54,6 +56,7 @@ __all__ = [
     "EMFit",
     "ExactPosterior",
     "Fit",
+    "Gaps",
     "GradientAudit",
     "HardELBO",
     "LikelihoodComparison",
@@ -72,6 +75,7 @@ __all__ = [
     "bidirectional",
     "check",
     "data",
+    "gaps",
     "load",
     "log_evidence",
     "log_likelihood",

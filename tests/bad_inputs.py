@@ -463,6 +463,12 @@ def learned_model(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def nonlinear_model(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", normal(y))
+        pyro.sample("y", dist.Normal(z.sin(), 1.0), obs=y)
+
+
 def two_coins(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         k = pyro.sample("k", coin(y))
@@ -1596,6 +1602,60 @@ TOPICS["Estimates, draws and exports"] = [
         "`amortization_gap` of a latent that depends on another",
         lambda _: lvppl.amortization_gap(chained_model, chained_guide, Y),
         "latent 'w' … depend on another latent … .eval()",
+    ),
+    call(
+        "`gaps` of a guide that cannot be searched",
+        lambda _: lvppl.gaps(POSITIVE, guide_of(lambda y: dist.Gamma(y + 1.0, 1.0)), Y),
+        "gaps searches … 'z' is Gamma … SVI",
+    ),
+    call(
+        "`gaps` without a guide",
+        lambda _: lvppl.gaps(MODEL, None, Y),  # type: ignore[arg-type]
+        "guide is None … Give a guide",
+    ),
+    call(
+        "`gaps` of a global latent",
+        lambda _: lvppl.gaps(global_model, global_guide, Y),
+        "gaps needs per-datum terms … 'z' in no plate … pyro.plate",
+    ),
+    call(
+        '`gaps(evidence="guess")`',
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, evidence="guess"),
+        "evidence must be one of … 'importance' … got 'guess'",
+    ),
+    call(
+        "`gaps(num_steps=2)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_steps=2),
+        "num_steps must be a whole number of at least 3 … got 2",
+    ),
+    call(
+        "`gaps(num_repetitions=1)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`gaps` with ln p(y) of other data",
+        lambda _: lvppl.gaps(
+            MODEL, GUIDE, Y, log_prob=torch.zeros(3), num_steps=3, num_repetitions=2
+        ),
+        "log_prob must hold ln p(y) of each of 4 data … (3,)",
+    ),
+    call(
+        "`gaps` with ln p(y) of data that are then simulated",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, log_prob=torch.zeros(4), simulate=True),
+        "simulate=True replaces them … Leave one out",
+    ),
+    call(
+        "`gaps(simulate=True)` of a model with a `pyro.factor`",
+        lambda _: lvppl.gaps(loopy, GUIDE, Y, simulate=True),
+        "'coupling' is a pyro.factor … cannot be simulated … data that you have",
+    ),
+    call(
+        "the exact gaps of a continuous latent",
+        lambda _: lvppl.gaps(
+            nonlinear_model, GUIDE, Y, evidence="exact", num_steps=3, num_repetitions=2
+        ),
+        "'z' … continuous",
     ),
     call(
         "`audit_gradients` of no objective",

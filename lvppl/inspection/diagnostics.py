@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from lvppl.inspection.plots import (
     BLUE,
@@ -19,12 +20,13 @@ from lvppl.inspection.plots import (
     SMALL,
     TEXT,
     VERMILION,
+    _array,
     _axes,
     _label,
     _legend,
 )
 
-__all__ = ["gradient_snr"]
+__all__ = ["gap_stack", "gradient_snr"]
 
 _PROGRAMS = {"model": (BLUE, "o"), "guide": (VERMILION, "s"), "both": (COLOURS[2], "D")}
 
@@ -110,3 +112,49 @@ def _beside(ax: Axes, text: str, x: float, y: float, colour: str, *, left: bool)
         fontsize=SMALL,
         color=colour,
     )
+
+
+def gap_stack(gaps: Any, ax: Axes | None = None) -> Axes:
+    """Draw the amortisation gap and on top of it the approximation gap, a bar for each datum.
+
+    Data stand from the largest sum to the smallest. The bars reach up to ln p(y) − ELBO, or to its
+    lower bound; the faint part above reaches up to the upper bound, where there is one. A gap that
+    is negative, within its error, is drawn as zero.
+
+    Args:
+        gaps: a ``Gaps``.
+        ax: axes to draw in.
+    """
+    ax = _axes(ax, (6.4, 3.6))
+    amortization = np.maximum(_array(gaps.amortization), 0.0)
+    approximation = np.maximum(_array(gaps.approximation), 0.0)
+    order = np.argsort(-(amortization + approximation), kind="stable")
+    x, width = np.arange(1, len(order) + 1), 0.8 if len(order) <= 60 else 1.0
+    layers = [
+        ("amortisation: best of the family − encoder", amortization, BLUE, 1.0),
+        ("approximation: ln p(y) − best of the family", approximation, VERMILION, 1.0),
+    ]
+    upper = _array(gaps.approximation_upper)
+    if not gaps.is_exact and np.isfinite(upper).all():
+        label = "approximation, up to the upper bound on ln p(y)"
+        layers.append((label, np.maximum(upper - approximation, 0.0), VERMILION, 0.3))
+    floor = np.zeros(len(order))
+    for label, height, colour, alpha in layers:
+        ax.bar(
+            x,
+            height[order],
+            width,
+            bottom=floor,
+            color=colour,
+            alpha=alpha,
+            label=label,
+            linewidth=0,
+        )
+        floor = floor + height[order]
+    ax.set_xlim(0.5, len(order) + 0.5)
+    ax.set_ylim(0.0, 1.05 * max(float(floor.max()), 1e-9))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(ax, "datum, by the size of its gap", "nats")
+    ax.grid(axis="x", visible=False)
+    _legend(ax, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=1, borderaxespad=0.2)
+    return ax
