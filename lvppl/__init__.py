@@ -24,6 +24,9 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
+from lvppl.inference.gap_record import Gaps
+from lvppl.inference.gaps import gaps
+from lvppl.inference.gradients import GradientAudit, audit_gradients
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
 from lvppl.inference.svi import SVI
@@ -38,6 +41,7 @@ from lvppl.objectives import (
     Objective,
     RateDistortion,
     Report,
+    ReweightedWakeSleep,
 )
 from lvppl.terms import Terms, trace_terms
 
@@ -52,6 +56,8 @@ __all__ = [
     "EMFit",
     "ExactPosterior",
     "Fit",
+    "Gaps",
+    "GradientAudit",
     "HardELBO",
     "LikelihoodComparison",
     "LikelihoodEstimate",
@@ -62,11 +68,14 @@ __all__ = [
     "ProgramError",
     "RateDistortion",
     "Report",
+    "ReweightedWakeSleep",
     "Terms",
     "amortization_gap",
+    "audit_gradients",
     "bidirectional",
     "check",
     "data",
+    "gaps",
     "load",
     "log_evidence",
     "log_likelihood",

@@ -251,7 +251,8 @@ class Replay:
         except KeyError as error:
             raise ProgramError(
                 f"Site '{site['name']}': a transform of its {kind_of(fn)} has no inverse, so that "
-                "its density is known at its own draws only. Use gradient='standard'."
+                "its density is known at its own draws only. Use gradient='standard' of ELBO or "
+                "IWAE."
             ) from error
         except NotImplementedError as error:
             raise ProgramError(
@@ -615,6 +616,10 @@ class Replay:
     def adopted(self) -> list[str]:
         """Latents that are drawn from their prior, for want of a guide."""
         return [n for n, s in self.guide_sites.items() if self.model_sites.get(n) is s]
+
+    def noise(self) -> list[str]:
+        """Draws of the guide that are no latent of the model, and add no term."""
+        return [n for n in self._noise if not self.guide_sites[n]["is_observed"]]
 
     def reweighted_draws(self) -> list[str]:
         """Draws whose ln q enters the terms with a scale or a mask of its own."""

@@ -100,6 +100,11 @@ def _loss(objective: Any, model: Program, guide: Program, *data: Any) -> Tensor:
     return objective.differentiable_loss(model, guide, *data)
 
 
+def _wake(model: Program, guide: Program, **options: Any) -> Tensor:
+    objective = lvppl.ReweightedWakeSleep(**{"num_particles": 2} | options)
+    return objective.differentiable_loss(model, guide, Y)
+
+
 def _pyro_step(model: Program, guide: Program, *data: Any) -> Any:
     optimizer = pyro.optim.Adam({"lr": 0.01})
     return pyro.infer.SVI(model, guide, optimizer, loss=lvppl.ELBO()).step(*data)
@@ -449,6 +454,25 @@ def flow_guide(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         base = dist.Normal(y.new_zeros(len(y), 3), 1.0).to_event(1)
         pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+
+def learned_model(y: Tensor) -> None:
+    loc = pyro.param("m", lambda: torch.tensor(0.1))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def nonlinear_model(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", normal(y))
+        pyro.sample("y", dist.Normal(z.sin(), 1.0), obs=y)
+
+
+def two_coins(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", coin(y))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=y)
 
 
 def half_scaled(y: Tensor) -> None:
@@ -1192,6 +1216,49 @@ TOPICS["Objectives"] = [
         "'z' … poutine.scale … Use gradient='standard'",
     ),
     call(
+        '`ReweightedWakeSleep(phase="dream")`',
+        lambda _: lvppl.ReweightedWakeSleep(num_particles=2, phase="dream"),
+        "phase must be 'wake', 'sleep' or 'both' … 'dream'",
+    ),
+    call(
+        "`ReweightedWakeSleep` where model and guide share a parameter",
+        lambda _: _wake(
+            learned_model,
+            guide_of(lambda y: dist.Normal(pyro.param("m", torch.tensor(0.1)) * y, 1.0)),
+        ),
+        "share parameter 'm' … Give each its own … or use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a point guide",
+        lambda _: _wake(MODEL, guide_of(lambda y: dist.Delta(y * pyro.param("loc")))),
+        "'z' is a point … Use HardELBO",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a site enumerated in the guide",
+        lambda _: _wake(two_coins, enumerating_guide),
+        "'k' is enumerated … Take the mark for enumeration off",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a guide under `poutine.scale`",
+        lambda _: _wake(MODEL, half_scaled),
+        "'z' … poutine.scale … use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` of a latent without a guide",
+        lambda _: _wake(MODEL, no_guide, strict=False),
+        "'z' is drawn from its prior … Add it to the guide",
+    ),
+    call(
+        "dreams of a model with a `pyro.factor`",
+        lambda _: _wake(loopy, GUIDE, phase="sleep"),
+        "'coupling' is a pyro.factor … cannot be simulated … phase='wake'",
+    ),
+    call(
+        "dreams of data that are no argument as they are",
+        lambda _: _wake(lambda y: MODEL(y + 0.0), GUIDE, phase="sleep"),
+        "'y' observes no argument as it is … Write obs=y … phase='wake'",
+    ),
+    call(
         '`gradient="stl"` with a flow that has no inverse',
         lambda _: _loss(lvppl.ELBO(gradient="stl"), vector_model, flow_guide, Y),
         "Site 'z' … has no inverse … Use gradient='standard'",
@@ -1481,6 +1548,14 @@ TOPICS["Fits"] = [
     ),
 ]
 
+
+class _Infinite(lvppl.ELBO):
+    """A loss that has overflowed."""
+
+    def per_datum(self, terms: lvppl.Terms) -> Tensor:
+        return math.inf * super().per_datum(terms)
+
+
 TOPICS["Estimates, draws and exports"] = [
     call(
         '`estimator="bridge"`',
@@ -1540,6 +1615,87 @@ TOPICS["Estimates, draws and exports"] = [
         "`amortization_gap` of a latent that depends on another",
         lambda _: lvppl.amortization_gap(chained_model, chained_guide, Y),
         "latent 'w' … depend on another latent … .eval()",
+    ),
+    call(
+        "`gaps` of a guide that cannot be searched",
+        lambda _: lvppl.gaps(POSITIVE, guide_of(lambda y: dist.Gamma(y + 1.0, 1.0)), Y),
+        "gaps searches … 'z' is Gamma … SVI",
+    ),
+    call(
+        "`gaps` without a guide",
+        lambda _: lvppl.gaps(MODEL, None, Y),  # type: ignore[arg-type]
+        "guide is None … Give a guide",
+    ),
+    call(
+        "`gaps` of a global latent",
+        lambda _: lvppl.gaps(global_model, global_guide, Y),
+        "gaps needs per-datum terms … 'z' in no plate … pyro.plate",
+    ),
+    call(
+        '`gaps(evidence="guess")`',
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, evidence="guess"),
+        "evidence must be one of … 'importance' … got 'guess'",
+    ),
+    call(
+        "`gaps(num_steps=2)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_steps=2),
+        "num_steps must be a whole number of at least 3 … got 2",
+    ),
+    call(
+        "`gaps(num_repetitions=1)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`gaps` with ln p(y) of other data",
+        lambda _: lvppl.gaps(
+            MODEL, GUIDE, Y, log_prob=torch.zeros(3), num_steps=3, num_repetitions=2
+        ),
+        "log_prob must hold ln p(y) of each of 4 data … (3,)",
+    ),
+    call(
+        "`gaps` with ln p(y) of data that are then simulated",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, log_prob=torch.zeros(4), simulate=True),
+        "simulate=True replaces them … Leave one out",
+    ),
+    call(
+        "`gaps(simulate=True)` of a model with a `pyro.factor`",
+        lambda _: lvppl.gaps(loopy, GUIDE, Y, simulate=True),
+        "'coupling' is a pyro.factor … cannot be simulated … data that you have",
+    ),
+    call(
+        "the exact gaps of a continuous latent",
+        lambda _: lvppl.gaps(
+            nonlinear_model, GUIDE, Y, evidence="exact", num_steps=3, num_repetitions=2
+        ),
+        "'z' … continuous",
+    ),
+    call(
+        "`audit_gradients` of no objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [], Y),
+        "at least one objective … lvppl.ELBO",
+    ),
+    call(
+        "`audit_gradients(num_repetitions=1)`",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [lvppl.ELBO()], Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`audit_gradients` of the name of an objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, {"mine": "ELBO"}, Y),
+        "'mine' is 'ELBO' … no differentiable_loss … lvppl.IWAE(",
+    ),
+    call(
+        "`audit_gradients` of programs without parameters",
+        lambda _: lvppl.audit_gradients(MODEL, parameterless_guide, [lvppl.ELBO()], Y),
+        "Neither model nor guide has a parameter … pyro.param",
+    ),
+    call(
+        "`audit_gradients` where gradients are not finite",
+        lambda _: lvppl.audit_gradients(
+            MODEL, guide_of(), {"infinite": _Infinite()}, Y, num_repetitions=2
+        ),
+        "Under infinite the gradient of parameter 'loc' is not finite … lvppl.check",
     ),
     call(
         "`posterior(num_samples=0)`",
