@@ -21,6 +21,7 @@ from torch import Tensor
 
 import lvppl
 from lvppl.tracing import plates_of, sample_sites
+from tests.programs import PROGRAMS as REGISTRY
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -289,6 +290,36 @@ def test_gradient_in_the_data(name):
     (found,) = torch.autograd.grad(lvppl.log_evidence(program, y).total, y)
     (exact,) = torch.autograd.grad(Oracle(program, y).log_evidence, y, allow_unused=True)
     torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-8)
+
+
+NO_INTEGRAL = {
+    "scaled_likelihood": "poutine.scale",
+    "scaled_latent": "poutine.scale",
+    "deterministic_and_factor": "'tilt' .Unit. depends on it",
+    "gamma_exponential": "is continuous",
+    "gamma_poisson": "is continuous",
+    "auto_normal_positive": "is continuous",
+    "bernoulli_score_scaled": "poutine.scale",
+    "poisson_score": "no finite support",
+    "score_in_replicates": "depend on each other",
+}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_program_with_an_exact_answer(name):
+    """Whatever has an exact sum or integral is the oracle's, and all else is refused."""
+    started = REGISTRY[name].start()
+    call = (started.built.model, *started.built.args)
+    if name in NO_INTEGRAL:
+        with pytest.raises(lvppl.ProgramError, match=NO_INTEGRAL[name]):
+            lvppl.log_evidence(*call)
+        return
+    oracle = started.oracle()
+    if oracle.log_evidence is None:
+        pytest.skip("the program has no closed form")
+    found = lvppl.log_evidence(*call).total
+    exact = oracle.scale * oracle.log_evidence.sum()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
 def test_gradient_in_the_parameters():
