@@ -84,8 +84,9 @@ def log_likelihood(
             uniform on a finite support; ``"naive"``: uniform where the support is finite, else the
             prior, and the record says which; ``"exact"``: the value itself, discrete latents summed
             and linear-Gaussian ones integrated by elimination, else by a sum over every state, or
-            by quadrature where a datum has one or two continuous latents; ``"ais"``: annealed importance sampling, by chains that move from
-            the guide, or else the prior, to the posterior.
+            by quadrature where a datum has one or two continuous latents; ``"ais"``: annealed
+            importance sampling, by chains that move from the guide, or else the prior, to the
+            posterior.
         num_samples: S, draws per datum; of ``"ais"`` chains, of which a few dozen do.
         batch_size: most rows in one pass of the programs; chosen for memory and speed by default.
         sample_chunk: most draws per datum in one pass.

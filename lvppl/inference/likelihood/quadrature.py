@@ -172,6 +172,6 @@ class _Quadrature:
             raise Unsettled(
                 f"The integral over the continuous latents of data {few(wrong)} does not stand "
                 f"still: with {_MOST[self.n]:,} points an axis it still moves by "
-                f"{float(moved.max()):.2g} of itself. A density with a jump does that, or two latents on a "
-                "thin ridge. Use estimator='importance' with a guide, or 'ais'."
+                f"{float(moved.max()):.2g} of itself. A density with a jump does that, or two "
+                "latents on a thin ridge. Use estimator='importance' with a guide, or 'ais'."
             )
