@@ -1,11 +1,13 @@
-r"""ln p(y) and the posterior of programs whose latents are all discrete: exact, by elimination.
+r"""ln p(y) and the posterior of programs with discrete and linear-Gaussian latents, exactly.
 
-.. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad p(z | y) = p(z, y) / p(y)
+.. math:: \ln p(y) = \ln \sum_z \int p(z, x, y) \, dx, \qquad p(z, x | y) = p(z, x, y) / p(y)
 
 Any Pyro program will do: plates, nested plates, ``pyro.markov`` chains, trees, several sites. No
-site needs to be marked for enumeration. Latents that the distribution of an observed site sums out
-by itself (HiddenMarkov, MixtureSameFamily) have a posterior too, and so have continuous latents
-that a fit by :class:`lvppl.EM` integrates exactly.
+site needs to be marked for enumeration. Latents with Normal priors are integrated where every site
+that depends on them is Normal, with a location affine in them (:mod:`lvppl.linear_gaussian`).
+Latents that the distribution of an observed site sums out by itself (HiddenMarkov,
+MixtureSameFamily) have a posterior too, and so have continuous latents that a fit by
+:class:`lvppl.EM` integrates exactly.
 """
 
 from __future__ import annotations
@@ -112,23 +114,27 @@ class Moments:
 def log_evidence(
     model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
 ) -> LogEvidence:
-    r"""ln p(y), exactly: every discrete latent summed out by variable elimination.
+    r"""ln p(y), exactly: discrete latents summed out, linear-Gaussian ones integrated.
 
-    .. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad
-              F_T(y) = T \ln \sum_z p(z, y)^{1/T} = \max_q E_q \ln p(z, y) + T\,H(q)
+    .. math:: \ln p(y) = \ln \sum_z \int p(z, x, y) \, dx, \qquad
+              F_T(y) = T \ln \sum_z \int p(z, x, y)^{1/T} dx = \max_q E_q \ln p(z, x, y) + T\,H(q)
 
     Differentiable in the parameters and in the data. The gradient is
     :math:`E_{p(z|y)} \nabla \ln p(z, y)`.
 
     Args:
-        model: a Pyro program whose latents are all discrete with finite support. They are
-            enumerated whether or not they are marked.
+        model: a Pyro program. Latents with finite support are enumerated, marked or not. Latents
+            with Normal priors are integrated if what depends on them is Normal too, with a
+            location that is affine in them: probabilistic PCA, factor analysers, Kalman smoothing,
+            hierarchical and crossed effects; each also given discrete latents (mixtures of factor
+            analysers, switching states of short sequences).
         data, kwargs: its arguments.
         temperature: T > 0. At T → 0 the value tends to max over z of ln p(z, y).
 
     Raises:
-        ProgramError: a latent is continuous or unbounded, a sum is too large (how large), a chain
-            lacks ``pyro.markov``, plates overlap: by site, plate and shape, with the remedy.
+        ProgramError: a latent is unbounded, or continuous and not linear-Gaussian; a sum is too
+            large (how large); a chain lacks ``pyro.markov``; plates overlap: by site, plate and
+            shape, with the remedy.
 
     Source: Obermeyer, Bingham et al. (2019), "Tensor variable elimination for plated factor
     graphs", ICML.
@@ -140,10 +146,10 @@ def log_evidence(
 def posterior(
     model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
 ) -> ExactPosterior:
-    r"""p(z | y) of every discrete latent, exactly, for these data; which may be new.
+    r"""p(z | y) of every latent, exactly, for these data; which may be new.
 
     Args:
-        model: a Pyro program whose latents are all discrete with finite support. What a
+        model: a Pyro program as for :func:`lvppl.log_evidence`. What a
             HiddenMarkov or MixtureSameFamily sums out by itself is a latent too, under the name
             ``"<site>_states"`` or ``"<site>_component"``; see :class:`ExactPosterior`.
         data, kwargs: its arguments.
@@ -234,10 +240,11 @@ class ExactPosterior:
         .. math:: E[u|y] = \sum_z p(z|y)\, E[u|z, y], \qquad
                   Cov[u|y] = \sum_z p(z|y) \big(Cov[u|z, y] + (E[u|z, y] - E[u|y])(...)^⊤\big)
 
-        For a factor analyser these are the factor scores.
+        For a factor analyser these are the factor scores, for a Kalman filter the smoothed states.
 
         Raises:
-            ProgramError: the site is not integrated, or depends on another one that is.
+            ProgramError: the site is not integrated; after EM with latents whose terms alone are
+                Gaussian, it depends on another one.
         """
         if site not in self.integrated:
             self._known(site)
