@@ -536,6 +536,7 @@ def test_another_family():
         (lambda z: dist.Normal(z.tanh(), 1.0), "location is not an affine"),
         (lambda z: dist.Normal(z + 1e-4 * z**2, 1.0), "location is not an affine"),
         (lambda z: dist.Normal(z, z.abs() + 0.1), "scale is a function"),
+        (lambda z: dist.Normal(0.0, z.exp()), "scale is a function"),
         (lambda z: dist.Normal(z + z.flip(-1), 1.0), "location is not an affine"),
         (lambda z: dist.Normal(z.detach(), 1.0), "in a way that has no derivative"),
         (lambda z: dist.Normal(z.cumsum(-1), 1.0), "location is not an affine"),
@@ -548,6 +549,14 @@ def test_not_affine(function, match):
             pyro.sample("y", function(z), obs=y)
 
     refused(program, t([1.0, 0.3, -0.5]), match)
+
+
+def test_an_observation_that_moves():
+    def program(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y - 2 * z)
+
+    refused(program, t(0.5), "observes a value that depends on the Gaussian latent 'z'")
 
 
 def test_an_affine_location_far_from_zero():

@@ -32,7 +32,7 @@ from lvppl.linear_gaussian.factors import (
     product,
     without_plates,
 )
-from lvppl.linear_gaussian.recognition import Variable
+from lvppl.linear_gaussian.variables import Variable
 from lvppl.packed import dims_of, named
 from lvppl.packing import Packing
 

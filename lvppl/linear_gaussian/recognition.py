@@ -13,90 +13,30 @@ name. Values are differentiable in the parameters of the program.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from lvppl.enumerated import is_one, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.linear_gaussian.factors import Residual, aligned, common_shape
-from lvppl.linear_gaussian.placing import Frame, Law, Placed, gaussian_law
+from lvppl.linear_gaussian.affine import AffineSite, Discrete, law_of, move_of
+from lvppl.linear_gaussian.factors import Residual
+from lvppl.linear_gaussian.placing import Placed, gaussian_law
+from lvppl.linear_gaussian.variables import Variable, variables_of
 from lvppl.packing import Packing
 from lvppl.replay import Replay
-from lvppl.tracing import Plate, kind_of, plates_of, unmasked
+from lvppl.tracing import kind_of, plates_of
 
-__all__ = ["Variable", "recognised"]
+__all__ = ["recognised"]
 
 MOST_DIRECTIONS = 2**12
 """Runs of the program."""
 
-
-Discrete = Mapping[str, tuple[str, frozenset[str]]]
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A Gaussian latent: for each element of the plates that it keeps a vector x."""
-
-    site: Any
-    kept: tuple[Plate, ...]
-    """Plates along which elements are independent given everything that any of them meets."""
-    frame: Frame
-
-    @property
-    def name(self) -> str:
-        name: str = self.site["name"]
-        return name
-
-    @cached_property
-    def _order(self) -> tuple[list[int], list[int]]:
-        """Dimensions of the value: those of kept plates, then all others."""
-        dims = self.frame.centre.dim()
-        events = self.site["fn"].event_dim
-        kept = [dims - events + plate.dim for plate in self.kept]
-        return kept, [i for i in range(dims) if i not in kept]
-
-    @property
-    def kept_shape(self) -> tuple[int, ...]:
-        return tuple(self.frame.centre.shape[i] for i in self._order[0])
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.frame.centre.shape[i] for i in self._order[1])
-
-    def value(self, x: Tensor) -> Tensor:
-        """The value of the site at x, (*kept, size)."""
-        return self.frame.centre + self.frame.unit * self.unpacked(x)
-
-    def unpacked(self, x: Tensor) -> Tensor:
-        """(..., *kept, size) as (..., *batch, *event) of the site."""
-        kept, others = self._order
-        shape, before = self.frame.centre.shape, x.dim() - len(kept) - 1
-        x = x.reshape(x.shape[:before] + tuple(shape[i] for i in [*kept, *others]))
-        where = {dim: before + position for position, dim in enumerate([*kept, *others])}
-        return x.permute([*range(before), *(where[i] for i in range(len(shape)))])
-
-    def covariance(self, C: Tensor) -> Tensor:
-        """Of the value within an event, (*batch, d, d), from that of x, (*kept, size, size)."""
-        kept, others = self._order
-        centre, events = self.frame.centre, self.site["fn"].event_dim
-        batch = centre.dim() - events
-        apart = [i for i in others if i < batch]
-        sizes = [centre.shape[i] for i in apart]
-        count, d = math.prod(sizes), centre.shape[batch:].numel()
-        blocks = C.reshape(*self.kept_shape, count, d, count, d).diagonal(dim1=-4, dim2=-2)
-        blocks = blocks.movedim(-1, -3).reshape(*self.kept_shape, *sizes, d, d)
-        where = [[*kept, *apart].index(i) for i in range(batch)]
-        unit = self.frame.unit.reshape(*centre.shape[:batch], d)
-        return blocks.permute(*where, batch, batch + 1) * unit[..., :, None] * unit[..., None, :]
+Run = Callable[[Mapping[str, Tensor]], dict[str, Any]]
+"""Values of latents to the sites of a run."""
 
 
 def recognised(
@@ -115,7 +55,7 @@ def recognised(
         base: a run under ``placed``.
         program: as it ran there, without ``placed``.
         packing: what dimensions are called.
-        around: by symbol of a discrete latent, its name and the symbols of its plates.
+        around: of every discrete latent.
         temperature: residuals are those of the density to the power 1 / temperature.
 
     Raises:
@@ -124,47 +64,75 @@ def recognised(
     sites = base.model_sites
     with torch.enable_grad():
         scopes = _scopes(base, placed)
-    variables = _variables(sites, scopes, placed)
+    variables = variables_of(sites, scopes, placed.frames)
     for name, scope in scopes.items():
         _require_whole(sites[name], [variables[v] for v in scope], base.layout)
 
     def run(values: Mapping[str, Tensor]) -> dict[str, Any]:
-        at = placed.at(values)
-        return Replay(at(program), None, args, kwargs, base.layout, None, False, False).model_sites
+        there = placed.at(values)(program)
+        return Replay(there, None, args, kwargs, base.layout, None, False, False).model_sites
 
+    affine = _affine_sites(run, sites, scopes, variables)
+    for number in range(2):
+        _require_as_read(run, base, affine, variables, number)
+    return variables, [s.residual(base, packing, around, temperature) for s in affine.values()]
+
+
+def _affine_sites(
+    run: Run,
+    sites: Mapping[str, Any],
+    scopes: Mapping[str, Sequence[str]],
+    variables: Mapping[str, Variable],
+) -> dict[str, AffineSite]:
+    """The columns of J of every site, from one run for each direction."""
     starts, count = _directions(variables, scopes)
     centre = {name: sites[name]["value"].detach() for name in variables}
-    laws = {name: _law(sites[name]) for name in scopes}
-    moves: dict[str, list[Tensor]] = {name: [] for name in scopes}
+    laws = {name: law_of(sites[name]) for name in scopes}
+    columns: dict[str, dict[str, list[Tensor]]] = {
+        name: {v: [] for v in scope} for name, scope in scopes.items()
+    }
     for direction in range(count):
-        values = dict(centre)
-        for name, variable in variables.items():
-            if 0 <= direction - starts[name] < variable.size:
-                x = _along(variable, direction - starts[name])
-                values[name] = variable.value(x)
-        found = run(values)
+        moving = {
+            name: direction - starts[name]
+            for name, variable in variables.items()
+            if 0 <= direction - starts[name] < variable.size
+        }
+        at = {name: variables[name].value(_along(variables[name], i)) for name, i in moving.items()}
+        found = run({**centre, **at})
         for name, scope in scopes.items():
-            if any(0 <= direction - starts[v] < variables[v].size for v in scope):
-                moves[name].append(_move(sites[name], laws[name], found[name]))
-            else:
-                moves[name].append(torch.zeros(()))
-    models = {
-        name: _Affine.of(
-            sites[name], laws[name], [variables[v] for v in scope], starts, moves[name]
+            for moved in moving.keys() & set(scope):  # one at most: those that meet do not share
+                columns[name][moved].append(move_of(sites[name], laws[name], found[name]))
+    return {
+        name: AffineSite(
+            sites[name],
+            laws[name],
+            [variables[v] for v in scope],
+            laws[name].spread,
+            {v: torch.stack(columns[name][v], -1) for v in scope},
         )
         for name, scope in scopes.items()
     }
-    for number in range(2):
-        points = {
-            name: _random(v, number, place) for place, (name, v) in enumerate(variables.items())
-        }
-        found = run({name: variables[name].value(x) for name, x in points.items()})
-        for name, site in sites.items():
-            if name in models:
-                models[name].require(found[name], points)
-            else:
-                _require_same(base, site, found[name], variables)
-    return variables, [m.residual(base, packing, around, temperature) for m in models.values()]
+
+
+def _require_as_read(
+    run: Run,
+    base: Replay,
+    affine: Mapping[str, AffineSite],
+    variables: Mapping[str, Variable],
+    number: int,
+) -> None:
+    """Refuse a program that is not, at a random point, what was read off it.
+
+    Raises:
+        ProgramError: by site and latent.
+    """
+    points = {name: _random(v, number, place) for place, (name, v) in enumerate(variables.items())}
+    found = run({name: variables[name].value(x) for name, x in points.items()})
+    for name, site in base.model_sites.items():
+        if name in affine:
+            affine[name].require(found[name], points)
+        else:
+            _require_same(base, site, found[name], variables)
 
 
 # ------------------------------------------------------------------------------ what meets what
@@ -179,18 +147,13 @@ def _scopes(base: Replay, placed: Placed) -> dict[str, tuple[str, ...]]:
     found = {}
     for name, site in sites.items():
         law = gaussian_law(site["fn"])
-        output = base.log_prob(site) if law is None else law.location
+        outputs = [base.log_prob(site)] if law is None else [law.location, law.spread]
+        weighed = torch.stack([_weighed(output, generator) for output in outputs]).sum()
         scope = [name] if name in names else []
-        if output.requires_grad and output.numel():
-            weight = torch.rand(output.shape, generator=generator, dtype=torch.float64) + 0.5
-            grads = torch.autograd.grad(
-                (output * weight.to(output)).sum(), leaves, allow_unused=True, retain_graph=True
-            )
-            scope += [
-                n
-                for n, g in zip(names, grads, strict=True)
-                if g is not None and bool((g != 0).any())
-            ]
+        if weighed.requires_grad:
+            grads = torch.autograd.grad(weighed, leaves, allow_unused=True, retain_graph=True)
+            slopes = zip(names, grads, strict=True)
+            scope += [n for n, g in slopes if g is not None and bool((g != 0).any())]
         if scope and law is None:
             raise ProgramError(
                 f"Latent '{scope[0]}' is Gaussian, but '{name}' ({kind_of(site['fn'])}) depends on "
@@ -203,38 +166,10 @@ def _scopes(base: Replay, placed: Placed) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _variables(
-    sites: Mapping[str, Any], scopes: Mapping[str, Sequence[str]], placed: Placed
-) -> dict[str, Variable]:
-    """The latents with the plates that they keep.
-
-    A plate is kept if every site that a latent meets lies inside it. Where the plates of two
-    latents that meet do not nest (rows and columns of a table), one of them gives up its own.
-    """
-    kept: dict[str, dict[str, Plate]] = {}
-    for name in placed.frames:
-        plates = {plate.name: plate for plate in plates_of(sites[name])}
-        for site, scope in scopes.items():
-            if name in scope:
-                around = {plate.name for plate in plates_of(sites[site])}
-                plates = {n: plate for n, plate in plates.items() if n in around}
-        kept[name] = plates
-    changed = True
-    while changed:
-        changed = False
-        for scope in scopes.values():
-            for a, b in itertools.combinations(scope, 2):
-                if not (kept[a].keys() <= kept[b].keys() or kept[b].keys() <= kept[a].keys()):
-                    loser = min((a, b), key=lambda n: math.prod(p.size for p in kept[n].values()))
-                    other = kept[b if loser == a else a]
-                    kept[loser] = {n: p for n, p in kept[loser].items() if n in other}
-                    changed = True
-    return {
-        name: Variable(
-            sites[name], tuple(sorted(plates.values(), key=lambda p: p.dim)), placed.frames[name]
-        )
-        for name, plates in kept.items()
-    }
+def _weighed(output: Tensor, generator: torch.Generator) -> Tensor:
+    """A sum in which no two derivatives cancel."""
+    weight = torch.rand(output.shape, generator=generator, dtype=torch.float64) + 0.5
+    return (output * weight.to(output)).sum()
 
 
 def _require_whole(site: Any, scope: Sequence[Variable], layout: Layout) -> None:
@@ -308,148 +243,6 @@ def _random(variable: Variable, number: int, place: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * place + number)
     x = torch.randn(*variable.kept_shape, variable.size, generator=generator, dtype=torch.float64)
     return (1.7 * x).to(like)
-
-
-# ------------------------------------------------------------------------------------- one site
-
-
-def _law(site: Any) -> Law:
-    """Masks take elements of the data out, and leave latents their prior."""
-    law = gaussian_law(site["fn"] if site["is_observed"] else unmasked(site["fn"]))
-    assert law is not None
-    return law
-
-
-def _move(site: Any, law: Law, moved: Any) -> Tensor:
-    """By how much the residual of a site has changed; no difference of large values is taken."""
-    other = _law(moved).location - law.location
-    if site["is_observed"]:
-        return -other
-    return (moved["value"] - site["value"]) - other
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """The residual of a site as an affine function of the latents of its scope."""
-
-    site: Any
-    law: Law
-    scope: Sequence[Variable]
-    spread: Tensor
-    columns: dict[str, Tensor]
-    """By latent, before whitening: (*batch of the Normal, *event, size)."""
-
-    @staticmethod
-    def of(
-        site: Any,
-        law: Law,
-        scope: Sequence[Variable],
-        starts: Mapping[str, int],
-        moves: Sequence[Tensor],
-    ) -> _Affine:
-        columns = {
-            v.name: torch.stack(list(moves[starts[v.name] : starts[v.name] + v.size]), -1)
-            for v in scope
-        }
-        return _Affine(site, law, scope, law.spread, columns)
-
-    def require(self, found: Any, points: Mapping[str, Tensor]) -> None:
-        """Refuse a site whose residual at a random point is another than J says.
-
-        Raises:
-            ProgramError: by site and latent.
-        """
-        law = _law(found)
-        with torch.no_grad():
-            actual = _move(self.site, self.law, found)
-            predicted, size = torch.zeros_like(actual), actual.abs() + self.law.location.abs()
-            for v in self.scope:
-                x = self._spread_out(v, points[v.name])
-                predicted = predicted + (self.columns[v.name] * x).sum(-1)
-                size = size + (self.columns[v.name] * x).abs().sum(-1)
-            tolerance = 1e-10 if actual.dtype == torch.float64 else 1e-3
-            affine = bool(((actual - predicted).abs() <= tolerance * size).all())
-            fixed = torch.allclose(law.spread, self.spread, rtol=tolerance, atol=0.0)
-        if affine and fixed:
-            return
-        names = " and ".join(f"'{v.name}'" for v in self.scope)
-        what = "location is not an affine function" if not affine else "scale is a function"
-        raise ProgramError(
-            f"Site '{self.site['name']}' ({kind_of(self.site['fn'])}) depends on the Gaussian "
-            f"latent {names}, but its {what} of it, element by element of its plates: the integral "
-            "has no closed form. Give the latent a guide (lvppl.SVI, lvppl.log_likelihood with "
-            "estimator='importance'), or make it a parameter (pyro.param)."
-        )
-
-    def _spread_out(self, variable: Variable, x: Tensor) -> Tensor:
-        """x, (*kept, size), beside the rows of this site: its plates, then ones."""
-        rows, width = self.law.rows, -min((p.dim for p in variable.kept), default=0)
-        shape = [1] * width
-        for plate, size in zip(variable.kept, variable.kept_shape, strict=True):
-            shape[plate.dim] = size
-        return x.reshape(*shape, *([1] * rows), variable.size)
-
-    def residual(
-        self, base: Replay, packing: Packing, around: Discrete, temperature: float
-    ) -> Residual:
-        """Whitened and packed; plates along which nothing that is integrated or summed varies are
-        joined to the rows."""
-        law, rows, power = self.law, self.law.rows, temperature**-0.5
-        start = self.site["value"] - law.location
-        spread, joined = self.spread, self._joined(packing, around)
-        mask = self.site["mask"] if self.site["is_observed"] else None
-        offset = power * law.whitened(start, spread)
-        blocks = [
-            power * law.whitened(column, spread)
-            for v in self.scope
-            for column in self.columns[v.name].unbind(-1)
-        ]
-        constant = law.log_normaliser(spread) / temperature
-        for v in self.scope:
-            if v.name == self.site["name"]:  # du = unit dx
-                events = tuple(range(-v.site["fn"].event_dim, 0))
-                logs = v.frame.unit.log()
-                constant = constant + (logs.sum(events) if events else logs)
-        tensors = [offset, *blocks]
-        if mask is not None:
-            inside = torch.as_tensor(mask)
-            over = inside.reshape(inside.shape + (1,) * rows)
-            tensors = [torch.where(over, t, torch.zeros_like(t)) for t in tensors]
-            constant = scale_and_mask(constant, 1.0, mask)
-        offset, *blocks = (_rows(base, self.site, t, rows, joined) for t in tensors)
-        constant = _rows(base, self.site, constant, 0, joined).sum(-1)
-        jacobian = torch.stack(torch.broadcast_tensors(*blocks), -1)
-        w, dims = packing.pack(self.site, offset, 1)
-        J, own = packing.pack(self.site, jacobian, 2)
-        c, last = packing.pack(self.site, constant, 0)
-        whole = "".join(dict.fromkeys(dims + own + last))
-        parts = [
-            aligned(tensor, names, whole, events)
-            for tensor, names, events in ((w, dims, 1), (J, own, 2), (c, last, 0))
-        ]
-        batch = common_shape([t.shape[: len(whole)] for t in parts])
-        parts = [t.expand((*batch, *t.shape[len(whole) :])) for t in parts]
-        w, J, c = parts
-        names, sizes = (v.name for v in self.scope), (v.size for v in self.scope)
-        return Residual(self.site["name"], tuple(names), tuple(sizes), w, J, c, whole)
-
-    def _joined(self, packing: Packing, around: Discrete) -> list[int]:
-        """Dimensions of plates that hold no latent which the site depends on."""
-        kept = {plate.name for v in self.scope for plate in v.kept}
-        for symbol in packing.symbols_of(self.site):
-            if symbol in around:
-                kept |= {packing.plates[s].name for s in around[symbol][1]}
-        return [plate.dim for plate in plates_of(self.site) if plate.name not in kept]
-
-
-def _rows(base: Replay, site: Any, tensor: Tensor, rows: int, joined: Sequence[int]) -> Tensor:
-    """(*batch, rows): over the site's plates in full, the joined ones of size one."""
-    tensor = base.full(tensor, site, rows)
-    batch = tensor.dim() - rows
-    moved = [batch + dim for dim in joined]
-    shape = [1 if i in moved else n for i, n in enumerate(tensor.shape[:batch])]
-    order = [i for i in range(batch) if i not in moved] + moved + [*range(batch, tensor.dim())]
-    return tensor.permute(order).reshape(*shape, -1)
 
 
 def _require_same(base: Replay, site: Any, found: Any, variables: Mapping[str, Variable]) -> None:
