@@ -23,7 +23,7 @@ from lvppl.enumerated import user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
 from lvppl.replay import is_one
-from lvppl.tracing import is_masked, kind_of, plates_of
+from lvppl.tracing import is_masked, kind_of, plates_of, subsampled_plates
 
 __all__ = ["FiniteLatent", "SetStates", "StateSpace", "state_space"]
 
@@ -102,12 +102,13 @@ def state_space(sites: Sequence[Any], layout: Layout) -> StateSpace:
         ProgramError: a latent is continuous or has no finite support, or is masked or scaled, by
             site; a plate inside the data is subsampled.
     """
-    if layout.subsampled_inside:
+    data = {plate.name for plate in layout.data_plates}
+    inside = sorted(subsampled_plates(sites) - data)
+    if inside:
         raise ProgramError(
-            f"Plate '{layout.subsampled_inside[0]}' is subsampled inside each datum, so that its "
+            f"Plate '{inside[0]}' is subsampled inside each datum, so that its "
             "scale would stand inside the sum over states. Run the program on full plates."
         )
-    data = {plate.name for plate in layout.data_plates}
     return StateSpace(
         [
             _finite(site, data)
