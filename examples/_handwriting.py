@@ -1,4 +1,4 @@
-"""Binarized handwritten digits of 28×28: MNIST where it is or can be had, else the embedded ones."""
+"""Binarized digits of 28×28: MNIST where it is or can be had, else the embedded digits."""
 
 from __future__ import annotations
 
