@@ -331,6 +331,7 @@ def likelihood_convergence(
     exact: Any = None,
     datum: int | None = None,
     evaluations: Mapping[str, float] | None = None,
+    difference: bool = False,
     note: bool = True,
 ) -> Axes:
     """Draw estimates of ln p(y) against the number of draws, in nats per datum.
@@ -351,11 +352,13 @@ def likelihood_convergence(
         datum: index of the one datum to draw; by default the mean over all.
         evaluations: name -> evaluations of p(z, y) that one draw takes, such as a chain of
             annealing takes many; the axis then counts them. A name that is left out takes one.
+        difference: draw estimate − exact, on an axis that is linear within one nat of zero and
+            logarithmic beyond: what is nats away is seen beside what is hundredths away.
         note: say above the axes what hollow markers mean, where there are any.
 
     Raises:
         ProgramError: nothing to draw, an estimate without a trajectory, a datum that is not there,
-            evaluations of an estimate that is not there.
+            evaluations of an estimate that is not there, a difference without ``exact``.
     """
     if not estimates:
         raise ProgramError("nothing to draw: pass at least one estimate")
@@ -365,26 +368,35 @@ def likelihood_convergence(
             f"evaluations= names {sorted(costs.keys() - estimates.keys())}, but the estimates are "
             f"{list(estimates)}"
         )
+    if difference and exact is None:
+        raise ProgramError("difference=True draws estimates less the exact value: pass exact=")
+    level = None if exact is None else _level(exact, datum)
+    zero = level if difference and level is not None else 0.0
     ax = _axes(ax, (6.4, 3.8))
     ends, unsure = [], False
     for i, (name, estimate) in enumerate(estimates.items()):
         path = _trajectory(name, estimate, datum)
-        path = path._replace(number=path.number * costs.get(name, 1))
+        path = path._replace(number=path.number * costs.get(name, 1), mean=path.mean - zero)
         unsure = unsure or bool(path.flagged.any())
         _draw_path(ax, path, COLOURS[i % 6], MARKERS[i % len(MARKERS)])
-        ends.append((name, float(path.mean[-1]), COLOURS[i % 6]))
+        end = float(path.mean[-1])
+        ends.append((f"{name}  {end:{'+' if difference else ''},.2f}", end, COLOURS[i % 6]))
     _log_counts(ax)
-    if exact is not None:
-        levels = _array(exact)
-        level = float(levels.mean() if datum is None or levels.ndim == 0 else levels[datum])
-        ax.axhline(level, color=INK, linewidth=1.2, linestyle="--", zorder=1)
-        ends.insert(0, ("exact", level, INK))
+    if difference:
+        ax.set_yscale("symlog", linthresh=1.0, linscale=0.6)
+        ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda y, _: f"{y:+,.0f}".replace("-", "−") if y else "0")
+        )
+    if level is not None:
+        ax.axhline(level - zero, color=INK, linewidth=1.2, linestyle="--", zorder=1)
+        ends.insert(0, (f"exact  {level:,.2f}", level - zero, INK))
     _name_ends(ax, ends)
     if note and unsure:
         words = "hollow, hatched: flagged by k-hat, neither value nor error can be relied on"
         ax.set_title(words, fontsize=SMALL, color=INK, loc="left")
     counted = "draws" if evaluations is None else "evaluations of p(z, y)"
-    per = "ln p(y), nats per datum" if datum is None else "ln p(y), nats"
+    what = "estimate − exact" if difference else "ln p(y)"
+    per = f"{what}, nats per datum" if datum is None else f"{what}, nats"
     _label(ax, f"{counted} per datum", f"{per}\n(± two standard errors)")
     return ax
 
@@ -415,7 +427,13 @@ def _draw_path(ax: Axes, path: _Path, colour: str, marker: str) -> None:
     beside = flagged | np.append(flagged[1:], False) | np.insert(flagged[:-1], 0, False)
     edge = to_rgba(colour, 0.45)
     ax.fill_between(
-        number, *band, where=known & beside, color="none", edgecolor=edge, hatch="////", linewidth=0
+        number,
+        *band,
+        where=known & beside,
+        facecolor="none",
+        edgecolor=edge,
+        hatch="////",
+        linewidth=0,
     )
     ax.plot(
         number[flagged],
@@ -457,27 +475,35 @@ def _log_counts(ax: Axes) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def _level(exact: Any, datum: int | None) -> float:
+    """The exact value of the mean over data, or of one."""
+    levels = _array(exact)
+    return float(levels.mean() if datum is None or levels.ndim == 0 else levels[datum])
+
+
 def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     """Names at the right of the axes, at the height where each line ends, none on another."""
-    low, high = ax.get_ylim()
-    gap = 0.065 * (high - low)
-    heights = [min(max(value, low), high) for _, value, _ in ends]
+    left = ax.get_xlim()[0]
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = [
+        float(np.clip(to_axes.transform((left, value))[1], 0.0, 1.0)) for _, value, _ in ends
+    ]
     for _ in range(200):  # neighbours push each other apart
         order = np.argsort(heights, kind="stable")
         moved = False
         for below, above in itertools.pairwise(order):
-            overlap = gap - (heights[above] - heights[below])
-            if overlap > 1e-9 * gap:
+            overlap = 0.065 - (heights[above] - heights[below])
+            if overlap > 1e-9:
                 heights[below] -= overlap / 2
                 heights[above] += overlap / 2
                 moved = True
         if not moved:
             break
-    for (name, value, colour), height in zip(ends, heights, strict=True):
+    for (name, _, colour), height in zip(ends, heights, strict=True):
         ax.annotate(
-            f"{name}  {value:,.2f}".replace("-", "−"),
+            name.replace("-", "−"),
             xy=(1.0, height),
-            xycoords=ax.get_yaxis_transform(),
+            xycoords="axes fraction",
             xytext=(8, 0),
             textcoords="offset points",
             ha="left",

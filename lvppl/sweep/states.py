@@ -119,11 +119,13 @@ def state_space(sites: Sequence[Any], layout: Layout) -> StateSpace:
 
 
 def _finite(site: Any, data: set[str]) -> FiniteLatent:
-    outer, base, to_event = list(site["fn"].batch_shape), site["fn"], 0
+    fn = site["fn"]
+    outer, base, to_event = list(fn.batch_shape), fn, 0
     while isinstance(base, (Independent, ExpandedDistribution, MaskedDistribution)):
         to_event += getattr(base, "reinterpreted_batch_ndims", 0)
         base = base.base_dist
-    if not getattr(base, "has_enumerate_support", False):
+    support = _elementwise(base)
+    if support is None and not getattr(base, "has_enumerate_support", False):
         raise ProgramError(
             f"Latent '{site['name']}' ({kind_of(base)}) has no finite support, so that its states "
             "cannot be swept. Give it a guide and use estimator='importance'."
@@ -137,10 +139,22 @@ def _finite(site: Any, data: set[str]) -> FiniteLatent:
     for plate in plates_of(site):
         if plate.name in data:
             outer[plate.dim] = 1
-    events = site["fn"].event_shape[:to_event]
+    if support is not None:
+        return FiniteLatent(site["name"], support, (*outer, *fn.event_shape), len(fn.event_shape))
+    events = fn.event_shape[:to_event]
     support = base.enumerate_support(expand=False)
     support = support.reshape(len(support), *base.event_shape)
     return FiniteLatent(site["name"], support, (*outer, *events), to_event)
+
+
+def _elementwise(base: Any) -> Tensor | None:
+    """The values of one element where a distribution says that each element has these, such as
+    :class:`lvppl.distributions.Autoregressive`; ``None`` elsewhere."""
+    try:
+        found: Tensor | None = getattr(base, "element_support", None)
+    except NotImplementedError:  # says so, but its elements have infinitely many
+        return None
+    return found
 
 
 class SetStates(Messenger):

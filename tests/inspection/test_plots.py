@@ -83,6 +83,7 @@ DRAWINGS: dict[str, Callable[..., Axes]] = {
     "one datum": lambda ax=None: likelihood_convergence(
         PATHS, ax, exact=torch.arange(9.0) - 6, datum=4, evaluations={"prior": 100}
     ),
+    "difference": lambda ax=None: likelihood_convergence(PATHS, ax, exact=-2.0, difference=True),
     "few draws": lambda ax=None: likelihood_convergence({"guide": path(-3.0, 2.0, 4)}, ax),
 }
 
@@ -289,8 +290,7 @@ def test_convergence_draws_means_bands_and_the_exact_value() -> None:
     assert names == ["exact  −2.00", "guide  −3.00", "guide and prior  −2.00", "prior  −2.00"]
     assert any(np.allclose(line.get_ydata(), -2.0) for line in ax.lines)  # the exact value
     heights = sorted(text.xy[1] for text in ax.texts)
-    low, high = ax.get_ylim()
-    assert min(np.diff(heights)) > 0.05 * (high - low)
+    assert min(np.diff(heights)) > 0.05  # of the axes
     ticks = [label.get_text() for label in ax.get_xticklabels()]
     assert "1,000" in ticks
 
@@ -318,7 +318,16 @@ def test_convergence_of_one_datum_by_evaluations() -> None:
     band = ax.collections[0].get_paths()[0].vertices  # two standard errors of one datum
     at_end = band[band[:, 0] == 2048.0][:, 1]
     assert at_end.max() - at_end.min() == pytest.approx(4 * 2.0 / math.sqrt(2048))
-    for wrong, message in (({"datum": 9}, "from 0 to 8"), ({"evaluations": {"x": 2}}, "names")):
+    less = likelihood_convergence(PATHS, exact=-2.0, datum=4, difference=True)
+    assert less.lines[0].get_ydata()[-1] == pytest.approx(-1.0 - 3 / 2**11)
+    names = [text.get_text() for text in less.texts]
+    assert names == ["exact  −2.00", "guide  −1.00", "guide and prior  −0.00", "prior  −0.00"]
+    assert less.get_yscale() == "symlog" and "estimate − exact" in less.get_ylabel()
+    for wrong, message in (
+        ({"datum": 9}, "from 0 to 8"),
+        ({"evaluations": {"x": 2}}, "names"),
+        ({"difference": True}, "exact="),
+    ):
         with pytest.raises(ProgramError, match=message):
             likelihood_convergence(PATHS, **wrong)  # type: ignore[arg-type]
 
