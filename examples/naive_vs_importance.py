@@ -1,6 +1,7 @@
 """Why not just average p(y | z) over random z? Sampled estimates of ln p(y) against the exact sum.
 
     python examples/naive_vs_importance.py [--out runs/naive] [--quick] [--seed 0] [--bits 20]
+                                           [--epochs 20]
 
 A sigmoid belief net with twenty hidden bits is fitted to binarized digits, together with a guide.
 Then p(y) of a few held-out images, a sum over 2^20 states z, is found exactly, by adding up every
@@ -64,12 +65,15 @@ def main() -> int:
         out="runs/naive",
         quick="short training on the embedded digits",
         bits=(20, "of the latent vector"),
+        epochs=(20, "of training over 20,000 digits"),
     )
     start = time.perf_counter()
     digits = binarized_digits(embedded=options.quick)
     train, images = digits.train[:20_000], digits.test[:NUM_IMAGES]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, guide = fitted(train, options.bits, 40 if options.quick else 20, options.seed, device)
+    # the embedded digits are few: as many steps take more epochs
+    epochs = options.epochs * (2 if len(train) < 20_000 else 1)
+    model, guide = fitted(train, options.bits, epochs, options.seed, device)
     print(f"fitted to {len(train):,} digits in {time.perf_counter() - start:.0f} s\n")
 
     y = images.images.flatten(1).to(device, torch.float64)
