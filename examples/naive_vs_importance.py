@@ -51,7 +51,7 @@ SAMPLED = ("uniform", "prior", "guide", "annealed")
 
 LESSON = """
 Hardly any state explains a given image, and a draw that knows nothing of the image does not find
-it. There is a uniform draw for every {share:,.0f} states, {draws:,} in all, and in the median
+it. There is a uniform draw for every {share:,.3g} states, {draws:,} in all, and in the median
 {ess:.1f} of them carry the average. Its error bar, ± {error:.2f} nats, is computed from these very
 draws and knows nothing of the states that were missed; what tells is k-hat (*: neither value nor
 error can be relied on). The guide looks at the image and proposes the right states; annealing
@@ -167,6 +167,8 @@ def show(
             row += f"{float(gap.difference[i]):+9.2f} ± {float(gap.std_error[i]):4.2f} {star}"
         print(row)
     uniform = estimates["uniform"]
+    if uniform.flagged.numel() < exact.num_data:
+        return
     medians = {"ess": float(uniform.ess.median()), "error": float(uniform.std_error.median())}
     print(LESSON.format(draws=NUM_DRAWS, share=2**bits / NUM_DRAWS, **medians))
 

@@ -25,6 +25,7 @@ def test_naive_against_importance(tmp_path):
     assert "1,048,576 states" in text
 
 
+@pytest.mark.slow
 def test_fewer_bits(tmp_path):
     """Few enough for uniform draws to meet every state: the answers say that naive is no worse."""
     command = [sys.executable, "examples/naive_vs_importance.py", "--quick", "--out", str(tmp_path)]
