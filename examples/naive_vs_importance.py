@@ -17,7 +17,7 @@ with 1 if a known answer is missed. MNIST is looked for in $LVPPL_DATA and in th
 downloaded otherwise; without it, and with --quick, the embedded 8×8 digits are enlarged.
 
 --bits 30 sums 1,073,741,824 states for each image. That is a matter of seconds on a GPU, which is
-used where there is one, and of about ten minutes on one CPU core: it runs there too, for who waits.
+used where there is one, and of about half an hour on one CPU core: it runs there, for who waits.
 """
 
 from __future__ import annotations
