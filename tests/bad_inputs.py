@@ -30,7 +30,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import lvppl
-from lvppl.distributions import DiscretizedLogistic, Quantized
+from lvppl.distributions import (
+    Autoregressive,
+    AutoregressivePart,
+    DiscretizedLogistic,
+    Quantized,
+)
 from lvppl.guides import AmortizedFlow, ConvEncoder, PerDatumNormal
 from lvppl.models import (
     VAE,
@@ -2369,6 +2374,9 @@ TOPICS["Data sets and files"] = [
     ),
 ]
 
+PIXELS = Autoregressive(lambda y: dist.Bernoulli(logits=0 * y).to_event(1), torch.zeros(4))
+"""An autoregressive distribution over four pixels."""
+
 TOPICS["Distributions"] = [
     call(
         "a value off the grid of `Quantized`",
@@ -2407,6 +2415,35 @@ TOPICS["Distributions"] = [
             torch.tensor([0.5])
         ),
         "the grid of 256 levels from 0 to 1 … index (0,) is 0.5 … round the values",
+    ),
+    call(
+        "missing pixels as a mask of zeros and ones",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.ones(4)),
+        "chosen must be boolean of the event's shape, (4,) … torch.float32",
+    ),
+    call(
+        "missing pixels that differ from image to image, in one part",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.ones(5, 4).bool()),
+        "shape (5, 4) … one mask serves all data … by themselves",
+    ),
+    call(
+        "an image of which nothing is missing, as a latent part",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.zeros(4).bool()),
+        "chosen is false everywhere … leave the site out",
+    ),
+    call(
+        "whole images where the missing pixels alone are a value",
+        lambda _: AutoregressivePart(
+            PIXELS, torch.zeros(5, 4), torch.tensor([True, True, False, False])
+        ).log_prob(torch.zeros(5, 4)),
+        "a vector of 2 … shape (5, 4) … y[..., chosen]",
+    ),
+    call(
+        "single pixels of conditionals that are one joint distribution",
+        lambda _: Autoregressive(
+            lambda y: dist.MultivariateNormal(y, torch.eye(4)), torch.zeros(4)
+        ).element_log_prob(torch.zeros(4)),
+        "single elements are needed … event shape (4,) … .to_event(1)",
     ),
 ]
 

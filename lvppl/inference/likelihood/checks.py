@@ -82,14 +82,12 @@ def check_extras(
         )
 
 
-def check_annealing(
-    estimator: str, annealing: Any, bootstrap: int | None, trajectory: bool
-) -> None:
+def check_annealing(estimator: str, annealing: Any, bootstrap: int | None) -> None:
     """Refuse options of annealing elsewhere, and options that annealed chains do not have."""
-    if estimator == "ais" and (bootstrap is not None or trajectory):
+    if estimator == "ais" and bootstrap is not None:
         raise ProgramError(
-            'bootstrap= and trajectory= are not kept for estimator="ais", whose chains are few. '
-            "Leave them out, or take another estimator."
+            'bootstrap= is not kept for estimator="ais", whose chains are few. Leave it out, or '
+            "take another estimator."
         )
     if annealing is not None and estimator != "ais":
         raise ProgramError(f'annealing is of estimator="ais", but estimator is {estimator!r}.')

@@ -125,20 +125,20 @@ def log_likelihood(
     Technometrics 37 (defensive mixtures).
     """
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
-    check_annealing(estimator, annealing, bootstrap, trajectory)
+    check_annealing(estimator, annealing, bootstrap)
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
     rows = check_data(data)
     seed = checked_seed(seed)
     proposal = _proposal(estimator, model, guide, data, kwargs, data_plate, defensive)
     job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
     with torch.no_grad():
+        wanted = Wanted(num_samples, bootstrap, trajectory)
         if proposal is None:
             found = _exactly(job, batch_size, progress)
         elif estimator == "ais":
             chunks = batch_size, sample_chunk
-            found = annealed_estimate(job, num_samples, *chunks, annealing, progress)
+            found = annealed_estimate(job, wanted, *chunks, annealing, progress)
         else:
-            wanted = Wanted(num_samples, bootstrap, trajectory)
             found = _sampled(job, wanted, batch_size, sample_chunk, progress)
     if bin_width is not None and found.num_continuous == 0:
         raise ProgramError(

@@ -211,7 +211,7 @@ def _probe_what_fits(job: Job, probed: int, num_samples: int) -> tuple[int, Term
 def _probe(job: Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
     terms = job.run(0, probed)
     layout = job.layout(0, probed, with_particles=num_samples > 1)
-    _refuse_subsampling(layout)
+    _refuse_subsampling(terms.layout)  # of this run: a fit on minibatches leaves other full sizes
     _check_assumptions(job, probed)
     if job.proposal.defensive:
         _check_defensive(job, terms, probed)

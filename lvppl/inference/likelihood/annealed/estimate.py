@@ -25,11 +25,11 @@ from lvppl.inference.likelihood.annealed.path import Path, Points, without_marks
 from lvppl.inference.likelihood.annealed.pilot import tuned
 from lvppl.inference.likelihood.checks import check_weights
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
-from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.job import Job, Plan, Wanted, plan_of
 from lvppl.inference.likelihood.memory import PassSize, attempt
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
-from lvppl.inference.likelihood.weights import WeightSums
+from lvppl.inference.likelihood.weights import Trajectory, WeightSums
 from lvppl.seeding import derived_seed, seeded
 
 __all__ = ["Ladder", "annealed_estimate", "notes_of"]
@@ -37,17 +37,18 @@ __all__ = ["Ladder", "annealed_estimate", "notes_of"]
 
 def annealed_estimate(
     job: Job,
-    num_samples: int,
+    wanted: Wanted,
     batch_size: int | None,
     sample_chunk: int | None,
     options: Annealing | None = None,
     progress: bool = False,
 ) -> LikelihoodEstimate:
-    """Anneal ``num_samples`` chains for each datum from where the job draws.
+    """Anneal chains for each datum from where the job draws.
 
     Args:
         job: program, data, and what draws the starts: the prior or a guide.
-        num_samples, batch_size, sample_chunk: chains; rows and chains of one pass.
+        wanted: how many chains, and whether to look at the first few of them; no bootstrap.
+        batch_size, sample_chunk: rows and chains of one pass.
         options: how chains move, and in how many steps.
         progress: show a bar.
 
@@ -56,6 +57,7 @@ def annealed_estimate(
             NaN or plus infinity (by datum).
     """
     options = options or Annealing()
+    num_samples = wanted.num_samples
     plan = plan_of(unmarked(job), num_samples, batch_size, sample_chunk)
     size, rows = PassSize(plan.batch, plan.chunk, plan.whole), job.rows or 1
     sums: list[WeightSums] = []
@@ -64,7 +66,7 @@ def annealed_estimate(
     with tqdm(total=rows * num_samples, disable=not progress, unit="chain") as bar:
         while start < rows:
             stop = min(start + size.rows, rows)
-            found = attempt(_annealed, job, plan, start, stop, size.draws, num_samples, options)
+            found = attempt(_annealed, job, plan, start, stop, size.draws, wanted, options)
             if found is None:
                 size.halve()  # and these rows again, from their pilot
                 continue
@@ -75,7 +77,8 @@ def annealed_estimate(
     if size.halvings:
         job.remarks.append(size.note)
     notes = (*notes_of(job, options, acceptance), *job.notes(plan.layout))
-    return record_of(job, sums, num_samples, notes, estimator="ais")
+    trajectory = Trajectory.of(sums) if wanted.trajectory else None
+    return record_of(job, sums, num_samples, notes, estimator="ais", trajectory=trajectory)
 
 
 class _Found(NamedTuple):
@@ -84,16 +87,16 @@ class _Found(NamedTuple):
 
 
 def _annealed(
-    job: Job, plan: Plan, start: int, stop: int, chunk: int, num_samples: int, options: Annealing
+    job: Job, plan: Plan, start: int, stop: int, chunk: int, wanted: Wanted, options: Annealing
 ) -> _Found:
     """All chains of rows start:stop, at most ``chunk`` at once."""
     ladder = Ladder(job, plan, start, stop, options)
-    found = _Found(WeightSums(num_samples), [])
+    found = _Found(WeightSums(wanted.num_samples), [])
     found.sums.observed = ladder.observed
-    for sample in range(0, num_samples, chunk):
-        chains = ladder.up(sample, min(chunk, num_samples - sample))
+    for sample in range(0, wanted.num_samples, chunk):
+        chains = ladder.up(sample, min(chunk, wanted.num_samples - sample))
         check_weights(chains.log_weight, start)
-        found.sums.add(chains.log_weight)
+        found.sums.add_looking(chains.log_weight, wanted.prefixes if wanted.trajectory else ())
         found.acceptance.extend([] if chains.acceptance is None else [chains.acceptance])
     return found
 
