@@ -298,10 +298,10 @@ def test_levels_without_end_are_not_swept():
     def run(y):
         with pyro.plate("data", len(y)):
             normal = lambda y: dist.Normal(y * 0, 1.0).to_event(1)  # noqa: E731
-            z = pyro.sample("z", Autoregressive(normal, y.new_zeros(2)))
+            z = pyro.sample("z", Autoregressive(normal, y.new_zeros(3)))
             pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
 
-    with pytest.raises(ProgramError):
+    with pytest.raises(ProgramError, match=r"'z' .* is continuous"):
         lvppl.log_likelihood(run, torch.zeros(2), estimator="exact")
 
 
