@@ -53,6 +53,11 @@ class Quadratic:
         pairs = torch.einsum("si,dij,sj->sd", z, self.pairs, z)
         return self.constant + z @ self.linear.t() + pairs
 
+    def split(self) -> list[Quadratic]:
+        """One for each datum, each of data dimension 1."""
+        parts = zip(self.constant, self.linear, self.pairs, strict=True)
+        return [Quadratic(c[None], h[None], q[None]) for c, h, q in parts]
+
     def over(self, first: Tensor, second: Tensor) -> Tensor:
         """f of all (a, b), (data, A, B): a the first bits of a state, b the rest."""
         cut = first.shape[1]
