@@ -16,7 +16,7 @@ of a times a number of b: for a block of states a matrix product. A visible of a
 multiply-adds and a quarter of a multiplication; logarithms are as good as free.
 
 Nothing overflows, as every factor lies in [σ(-m_v), 1]. What underflows does not matter: a run of
-groups is ended by a logarithm before Π σ(-m_v) = exp(-Σ softplus(m_v)) falls below e^{-600} > 1e-261,
+groups ends in a logarithm before Π σ(-m_v) = exp(-Σ softplus(m_v)) falls below e^{-600} > 1e-261,
 a bound below on a sum of at most 16 terms, none negative, of which underflow loses 3e-308 each.
 """
 
