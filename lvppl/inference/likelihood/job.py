@@ -20,6 +20,7 @@ from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.inference.minibatch import gather
 from lvppl.layout import Layout, layout_of
+from lvppl.products import FastLinear
 from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
@@ -29,7 +30,7 @@ __all__ = ["Job", "Plan", "Wanted", "plan_of", "run"]
 Program = Callable[..., Any]
 
 _PROBED = 2**24  # data elements that may go through the program at once to learn its plates
-_BUDGET = {"cpu": 2**20}  # elements of observed and latent values in one pass: fits the cache
+_BUDGET = {"cpu": 2**21}  # elements of observed and latent values in one pass: fits the cache
 _BUDGET_ACCELERATOR = 2**26
 _ENOUGH = 20  # draws of a part: then a variance is known to about a third
 _FEW = 256  # samples worth taking together: a guide's encoder runs once for all of them
@@ -87,7 +88,7 @@ class Job:
         try:
             with seeded(other, device), draws:
                 values = self._prior_draws(start, stop, particles) if stratum.from_prior else {}
-                with SetTo(values):
+                with SetTo(values), FastLinear():
                     terms = self._terms(start, stop, particles)
                 terms.log_weight  # noqa: B018  evaluated here, where it may fail
         except (ValueError, RuntimeError, IndexError) as error:
