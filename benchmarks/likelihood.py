@@ -11,7 +11,7 @@ a fit of two epochs: no time depends on more.
 Pyro's weights are sums over a batch. Values by datum are had in two ways: one datum at a time, or
 the data among the particles, of a program without a data plate. With 5,000 draws a datum fills a
 chunk by itself, so that neither wastes anything; the chunk's size is tried out. *In lvppl's
-products* are Pyro's passes with the linear layers done as lvppl does them (``lvppl.products``),
+products* are Pyro's passes with the linear layers done as lvppl does them (``lvppl.layers``),
 which shows what the rest brings. Memory is the peak of a process of its own above what it held
 before the estimate.
 """
@@ -40,8 +40,8 @@ from torch.nn.functional import linear, softplus
 
 import lvppl
 from lvppl.guides import AmortizedGaussianLayers
+from lvppl.layers import FastLayers
 from lvppl.models import GaussianLayers, SigmoidBeliefNet
-from lvppl.products import FastLinear
 
 CHUNKS = (500, 1000, 2500)
 TOGETHER = 5  # data among the particles of one pass
@@ -102,7 +102,7 @@ class Case:
     @torch.no_grad()
     def one_by_one(self, size: int, *, fast: bool = False) -> Tensor:
         """One datum at a time, its draws in chunks."""
-        with FastLinear() if fast else nullcontext():
+        with FastLayers() if fast else nullcontext():
             return torch.stack([self._one(datum[None], size) for datum in self.y])
 
     def _one(self, datum: Tensor, size: int) -> Tensor:
@@ -156,7 +156,7 @@ class Case:
         """The decoder's matrix products alone, as many as an estimate needs."""
         layers = [layer for layer in self.model.decoder if isinstance(layer, torch.nn.Linear)]
         z = torch.randn(rows, layers[0].in_features)
-        with torch.no_grad(), FastLinear() if fast else nullcontext():
+        with torch.no_grad(), FastLayers() if fast else nullcontext():
             for _ in range(-(-len(self.y) * self.num_draws // rows)):
                 x = z
                 for layer in layers:
@@ -184,7 +184,7 @@ def importance(options: argparse.Namespace) -> None:
     means = [float(f().mean()) for f in (case.lvppl, partial(case.one_by_one, 1000))]
     print(f"nats per datum: lvppl {means[0]:.2f}, Pyro {means[1]:.2f}\n")
     calls = case.contestants
-    calls["Pyro, 1000 draws, in lvppl's products"] = partial(case.one_by_one, 1000, fast=True)
+    calls["Pyro, 1000 draws, in lvppl's layers"] = partial(case.one_by_one, 1000, fast=True)
     calls["the decoder's matrix products, torch's own"] = partial(case.products, False)
     calls["the decoder's matrix products, lvppl's"] = partial(case.products, True)
     times = medians(calls, rounds=options.rounds, seconds=0.5)

@@ -19,8 +19,8 @@ from lvppl.inference.likelihood.resampling import Resamples
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.inference.minibatch import gather
+from lvppl.layers import FastLayers
 from lvppl.layout import Layout, layout_of
-from lvppl.products import FastLinear
 from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
@@ -88,7 +88,7 @@ class Job:
         try:
             with seeded(other, device), draws:
                 values = self._prior_draws(start, stop, particles) if stratum.from_prior else {}
-                with SetTo(values), FastLinear():
+                with SetTo(values), FastLayers():
                     terms = self._terms(start, stop, particles)
                 terms.log_weight  # noqa: B018  evaluated here, where it may fail
         except (ValueError, RuntimeError, IndexError) as error:
@@ -179,7 +179,7 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
     elements = max(1, sum(site["value"].numel() for site in sites))
     budget = _BUDGET.get(terms.log_weight.device.type, _BUDGET_ACCELERATOR)
     together = min(num_samples, sample_chunk or _FEW)
-    batch = min(most, batch_size or max(1, budget * probed // (elements * together)))
+    batch = min(most, batch_size or _evenly(rows, budget * probed // (elements * together)))
     plate = layout.data_plates[0].name if len(layout.data_plates) == 1 else None
     if not obstacle and batch not in (rows, probed):
         try:
@@ -190,9 +190,16 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
         if probed < rows or (batch_size is not None and job.rows is None):
             raise ProgramError(f"The data cannot be cut into {probed} rows at a time: {obstacle}")
         batch = rows
-    chunk = min(num_samples, sample_chunk or max(1, budget * probed // (elements * batch)))
+    chunk = sample_chunk or _evenly(num_samples, budget * probed // (elements * batch))
+    chunk = min(num_samples, chunk)
     chunk = 1 if layout.loop_reason else chunk
     return Plan(layout, plate, batch, chunk, obstacle)
+
+
+def _evenly(number: int, most: int) -> int:
+    """The size of a part, ``most`` or less, where as few parts as can be are about equal."""
+    parts = -(-number // max(1, most))
+    return -(-number // parts)
 
 
 def _probe_what_fits(job: Job, probed: int, num_samples: int) -> tuple[int, Terms, Layout]:
