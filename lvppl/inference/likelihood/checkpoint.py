@@ -80,7 +80,7 @@ class Checkpoint:
 
     def _refusal(self, what: str) -> ProgramError:
         return ProgramError(
-            f"checkpoint={str(self.path)!r} is of another estimate: {what}. Give what it is an "
+            f"The checkpoint {self.path} is of another estimate: {what}. Give what it is an "
             "estimate of, another path, or delete the file."
         )
 
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
             KeyError, TypeError, IndexError):  # fmt: skip
         pass
     raise ProgramError(
-        f"checkpoint={str(path)!r} is no file that log_likelihood of this version wrote. Give "
+        f"The checkpoint {path} is no file that log_likelihood of this version wrote. Give "
         "another path, or delete the file."
     )
 
