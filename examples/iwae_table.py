@@ -178,6 +178,11 @@ def trained(options: argparse.Namespace, schedule: Schedule, k: int, device: str
         resume=before,
     )
     fit.save(folder)
+    if fit.status != "max_steps":
+        sys.exit(
+            f"stopped after {fit.num_epochs} of {schedule.num_epochs} epochs ({fit.reason}); the "
+            "same command goes on"
+        )
     return fit
 
 
