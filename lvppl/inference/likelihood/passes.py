@@ -87,6 +87,7 @@ def _weigh(
             check_weights(log_weight, start)
             if sums.count == 0:
                 sums.observed = observed_sizes(terms)
+            del terms  # with all that the programs computed: the next pass needs room for its own
             sums.add(log_weight, part)
             tell((stop - start) * particles)
         if wanted.trajectory:
