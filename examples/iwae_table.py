@@ -16,8 +16,8 @@ Test images take part in no choice: they are looked at once, at the end. The pap
 The full schedule takes days on two CPU cores, and goes on where it was stopped when it is called
 again with the same options: the fit is saved every few minutes. ``--schedule short`` is another
 experiment, for tests: 20,000 images, batches of 100, i = 0 … 2 (13 epochs), 500 test images from
-1,000 samples, ten minutes at most for an entry. Its values are some 10 nats higher and NOT
-comparable with the paper's; they are to be those of its first run (``EXPECTED``).
+1,000 samples, ten minutes at most for an entry. Its values are some 20 nats higher and NOT
+comparable with the paper's: they are to be those of its first runs (``EXPECTED``).
 
 Every entry is appended to ``results.csv`` and ``results.md`` in the folder, with the date, machine,
 command and seed.
@@ -81,9 +81,9 @@ SCHEDULES = {
     "full": Schedule(60_000, 20, 8, 10_000, 5_000),
     "short": Schedule(20_000, 100, 3, 500, 1_000),
 }
-EXPECTED: dict[tuple[int, int], float] = {}
-"""(layers, k) -> nats, of the short schedule: the mean of a first run with seeds 0 … 3."""
-TOLERANCE = 0.8
+EXPECTED = {(1, 1): 108.14, (1, 5): 106.06}
+"""(layers, k) -> nats of the short schedule: the mean of its first runs, with seeds 0 … 3."""
+TOLERANCE = 1.0  # a seed moves these runs by 0.20 (standard deviation): 4.5 errors of one more
 
 
 def main() -> int:

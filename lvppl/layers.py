@@ -13,6 +13,7 @@ The numbers are the same up to rounding, to seven digits relatively, also of a t
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,33 @@ class FastLayers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if not kwargs and not torch.is_grad_enabled():
-            if func is torch.nn.functional.linear and _linear_fits(*args):
-                x, weight, bias = (*args, None)[:3]
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-            if func is torch.tanh or func is Tensor.tanh:
-                return _tanh(args[0]) if _tanh_fits(*args) else func(*args)
-        return func(*args, **(kwargs or {}))
+        ours = _OURS.get(func)  # most calls are of something else: no more is done for them
+        if ours is not None and not kwargs and not torch.is_grad_enabled():
+            found = ours(*args)
+            if found is not None:
+                return found
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def _tanh(x: Tensor) -> Tensor:
+def _linear(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    if not _linear_fits(x, weight, bias):
+        return None
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+def _tanh(x: Any) -> Tensor | None:
+    if not _tanh_fits(x):
+        return None
     parts = [part.to_mkldnn().tanh().to_dense() for part in x.flatten().split(_AT_ONCE)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape)
+
+
+_OURS: dict[Any, Callable[..., Tensor | None]] = {
+    torch.nn.functional.linear: _linear,
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
+}
 
 
 def _tanh_fits(x: Any) -> bool:
