@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from lvppl.densities import log_density
 from lvppl.enumerated import Enumerated, is_one, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
@@ -246,8 +247,7 @@ class Replay:
     @staticmethod
     def _log_density(site: Any, fn: Any) -> Tensor:
         try:
-            result: Tensor = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-            return result
+            return log_density(site, fn)
         except KeyError as error:
             raise ProgramError(
                 f"Site '{site['name']}': a transform of its {kind_of(fn)} has no inverse, so that "

@@ -373,6 +373,21 @@ def loopy(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def fifty_bits(y: Tensor) -> None:
+    """No form is known of the observation, so that every state would have to be run."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(torch.full((50,), 0.5)).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1).tanh(), 1.0), obs=y)
+
+
+def without_end(y: Tensor) -> None:
+    """Asks for petabytes."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", normal(y))
+        torch.empty(2**50)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 class Draws(dist.TorchDistribution):
     """A distribution that can be sampled, and has no density."""
 
@@ -1600,6 +1615,52 @@ TOPICS["Estimates, draws and exports"] = [
             fixed_size_model, Y, guide=per_row_guide, num_samples=2, seed=0, batch_size=2
         ),
         "rows 0 to 1 of 4 … batch_size=4",
+    ),
+    call(
+        "`log_likelihood` of no data",
+        lambda _: _likelihood(MODEL, GUIDE, torch.zeros(0)),
+        "The data are empty … argument 0 has shape (0,) … at least one row",
+    ),
+    call(
+        "weights that are infinite for one datum",
+        lambda _: _likelihood(
+            model_of(likelihood=lambda z: dist.Beta(0.5 + 0 * z, 1.0)),
+            GUIDE,
+            torch.tensor([0.5, 0.0, 0.25]),
+        ),
+        "Importance weights are infinite for 1 data (1) … cover the support of the prior",
+    ),
+    call(
+        "an exact sum over 2^50 states without structure",
+        lambda _: lvppl.log_likelihood(fifty_bits, Y, estimator="exact"),
+        "1.126e+15 joint states … guide … importance",
+    ),
+    call(
+        "a datum that memory is too small for",
+        lambda _: _likelihood(without_end, GUIDE, Y),
+        "Memory is too small for one datum with one draw … shrink the program",
+    ),
+    call(
+        "`log_likelihood(checkpoint=)` of another seed",
+        lambda folder: [
+            lvppl.log_likelihood(
+                MODEL, Y, guide=GUIDE, num_samples=2, seed=seed, checkpoint=folder / "parts.pt"
+            )
+            for seed in (0, 1)
+        ],
+        "parts.pt is of another estimate: seed = 0, not 1 … another path, or delete the file",
+    ),
+    call(
+        "a folder as a checkpoint",
+        lambda folder: lvppl.log_likelihood(MODEL, Y, guide=GUIDE, checkpoint=folder),
+        "checkpoint must be the path of a file … is a folder",
+    ),
+    call(
+        "a checkpoint of an exact sum",
+        lambda folder: lvppl.log_likelihood(
+            drawn_coin, Y, estimator="exact", checkpoint=folder / "parts.pt"
+        ),
+        'estimator="exact" does not have. Leave it out',
     ),
     call(
         "`amortization_gap(num_steps=0)`",

@@ -290,17 +290,7 @@ def likelihood_comparison(
         )
         # Numbers stand in a column of their own, where no mark can run into them.
         text = f"{value:,.2f}" + (f" ± {half:,.2f}" if half else "")
-        ax.annotate(
-            text.replace("-", "−"),
-            xy=(1.0, height),
-            xycoords=ax.get_yaxis_transform(),
-            xytext=(10, 0),
-            textcoords="offset points",
-            ha="left",
-            va="center",
-            fontsize=SMALL,
-            color=INK,
-        )
+        _at_the_right(ax, height, text, INK, gap=10)
     if exact is not None:
         level = float(_array(exact).mean())
         ax.axvline(level, color=INK, linewidth=1.2, linestyle="--", zorder=0)
@@ -500,18 +490,25 @@ def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
         if not moved:
             break
     for (name, _, colour), height in zip(ends, heights, strict=True):
-        ax.annotate(
-            name.replace("-", "−"),
-            xy=(1.0, height),
-            xycoords="axes fraction",
-            xytext=(8, 0),
-            textcoords="offset points",
-            ha="left",
-            va="center",
-            fontsize=SMALL,
-            color=colour,
-            annotation_clip=False,
-        )
+        _at_the_right(ax, height, name, colour, gap=8, of_axes=True)
+
+
+def _at_the_right(
+    ax: Axes, height: float, text: str, colour: str, *, gap: float, of_axes: bool = False
+) -> None:
+    """Text beside the axes, ``gap`` points from them, at a height of the data or of the axes."""
+    ax.annotate(
+        text.replace("-", "−"),
+        xy=(1.0, height),
+        xycoords="axes fraction" if of_axes else ax.get_yaxis_transform(),
+        xytext=(gap, 0),
+        textcoords="offset points",
+        ha="left",
+        va="center",
+        fontsize=SMALL,
+        color=colour,
+        annotation_clip=False,
+    )
 
 
 def _array(values: Any) -> Array:

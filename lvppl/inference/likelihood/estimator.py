@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 from lvppl.inference.likelihood.annealed import Annealing
 from lvppl.inference.likelihood.annealed.estimate import annealed_estimate
+from lvppl.inference.likelihood.checkpoint import Checkpoint, seed_of
 from lvppl.inference.likelihood.checks import (
     check_annealing,
+    check_checkpoint,
     check_data,
     check_extras,
     check_options,
 )
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.exact import exact_sum, finite_states
-from lvppl.inference.likelihood.job import Job, Wanted, plan_of, run
+from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import Proposal, defended, importance, prior, uniform
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
@@ -58,6 +62,7 @@ def log_likelihood(
     trajectory: bool = False,
     annealing: Annealing | None = None,
     progress: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> LikelihoodEstimate:
     r"""Estimate ln p(y) of each datum: :math:`\ln \frac1S \sum_s p(y, z_s) / r(z_s)`, z_s ~ r.
@@ -103,6 +108,9 @@ def log_likelihood(
         trajectory: also keep the estimate from 2, 4, 8 ... draws, for ``estimate.plot()``.
         annealing: how the chains of ``"ais"`` move; chosen by a pilot run by default.
         progress: show a bar.
+        checkpoint: a file in which finished data are kept, every few seconds and whatever ends the
+            call; a second call with it goes on there, and one after the end reads it all. A file of
+            another seed, option, program or data is refused; without ``seed`` its own is taken.
         **kwargs: passed to the programs whole.
 
     Returns:
@@ -114,7 +122,7 @@ def log_likelihood(
             ``pyro.factor``), a site without a density, a program that subsamples, ``batch_size``
             below the number of rows where the data cannot be cut, a weight that is NaN or plus
             infinity (by datum), a guide that ``defensive`` cannot evaluate at draws from the prior,
-            memory too small for one datum.
+            memory too small for one datum, a ``checkpoint`` of another estimate.
 
     Warns:
         UserWarning: for ``"importance"``, which data have k-hat above min(1 - 1 / log10 S, 0.7).
@@ -128,18 +136,32 @@ def log_likelihood(
     check_annealing(estimator, annealing, bootstrap)
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
     rows = check_data(data)
+    check_checkpoint(estimator, checkpoint)
+    if seed is None and checkpoint is not None:
+        seed = seed_of(checkpoint)
     seed = checked_seed(seed)
     proposal = _proposal(estimator, model, guide, data, kwargs, data_plate, defensive)
     job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
+    known = {
+        "seed": seed,
+        "estimator": estimator,
+        "num_samples": num_samples,
+        "data_plate": data_plate,
+        "defensive": defensive,
+        "bootstrap": bootstrap,
+        "trajectory": trajectory,
+    }
     with torch.no_grad():
         wanted = Wanted(num_samples, bootstrap, trajectory)
         if proposal is None:
             found = _exactly(job, batch_size, progress)
         elif estimator == "ais":
             chunks = batch_size, sample_chunk
-            found = annealed_estimate(job, wanted, *chunks, annealing, progress)
+            found = annealed_estimate(job, wanted, *chunks, annealing, progress, checkpoint, known)
         else:
-            found = _sampled(job, wanted, batch_size, sample_chunk, progress)
+            plan = plan_of(job, num_samples, batch_size, sample_chunk)
+            keep = None if checkpoint is None else Checkpoint(checkpoint, job, plan, known)
+            found = _sampled(job, plan, wanted, progress, keep)
     if bin_width is not None and found.num_continuous == 0:
         raise ProgramError(
             "bin_width turns densities into probabilities, but every observed site is discrete and "
@@ -182,10 +204,9 @@ def _proposal(
 
 
 def _sampled(
-    job: Job, wanted: Wanted, batch_size: int | None, sample_chunk: int | None, progress: bool
+    job: Job, plan: Plan, wanted: Wanted, progress: bool, keep: Checkpoint | None
 ) -> LikelihoodEstimate:
-    plan = plan_of(job, wanted.num_samples, batch_size, sample_chunk)
-    sums = run(job, plan, wanted, progress)
+    sums = run(job, plan, wanted, progress, keep)
     return record_of(
         job,
         sums,

@@ -20,7 +20,7 @@ from torch import Tensor
 from lvppl.inference.likelihood.resampling import Resamples
 from lvppl.inference.psis import MIN_TAIL, khat_from_tail, khat_threshold, tail_size
 
-__all__ = ["Moments", "Trajectory", "WeightSums"]
+__all__ = ["Finished", "Moments", "Trajectory", "WeightSums"]
 
 
 class Trajectory(NamedTuple):
@@ -47,13 +47,36 @@ class Trajectory(NamedTuple):
         return self.khat > self.khat.new_tensor(limits)[:, None]
 
     @classmethod
-    def of(cls, sums: Sequence[WeightSums]) -> Trajectory:
+    def of(cls, sums: Sequence[Finished]) -> Trajectory:
         """The prefixes of all data side by side."""
         columns = [list(zip(*part.prefixes, strict=True)) for part in sums]
         log_prob, std_error, khat = (
             torch.cat([torch.stack(column[i]) for column in columns], -1) for i in (1, 2, 3)
         )
         return cls(torch.tensor(columns[0][0]), log_prob, std_error, khat)
+
+
+class Finished(NamedTuple):
+    """What all draws of some rows have shown; each (data,) unless said otherwise.
+
+    Attributes:
+        stop: the first row that is not among them.
+        log_prob, std_error, ess, khat: as in the record of an estimate.
+        observed: discrete and continuous values that these data score.
+        replicates: ln p(y) of each bootstrap replicate, (replicates, data).
+        prefixes: (draws, ln p(y), standard error, k-hat) after fewer draws.
+        acceptance: of the moves of annealed chains, one entry a chunk.
+    """
+
+    stop: int
+    log_prob: Tensor
+    std_error: Tensor
+    ess: Tensor
+    khat: Tensor
+    observed: tuple[int, int]
+    replicates: Tensor | None = None
+    prefixes: Sequence[tuple[int, Tensor, Tensor, Tensor]] = ()
+    acceptance: Sequence[Tensor] = ()
 
 
 class Moments:
@@ -171,6 +194,20 @@ class WeightSums:
         rest = log_weight[stops[-1] if stops else 0 :]
         if len(rest):
             self.add(rest)
+
+    def finished(self, stop: int, acceptance: Sequence[Tensor] = ()) -> Finished:
+        """The record of these rows, of which ``stop`` is the first that follows."""
+        return Finished(
+            stop,
+            self.log_prob,
+            self.std_error,
+            self.ess,
+            self.khat,
+            self.observed,
+            self.replicates,
+            self.prefixes,
+            acceptance,
+        )
 
     @property
     def _drawn(self) -> list[tuple[float, Moments]]:
