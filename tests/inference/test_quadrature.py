@@ -139,6 +139,44 @@ def test_single_precision():
     torch.testing.assert_close(exactly(program, COUNTS.float()).float(), exact, rtol=0, atol=1e-4)
 
 
+def two_modes(y: Tensor, s: float) -> Tensor:
+    """z of Normal(0, 1), y of Normal(z², s): twice the sum over a fine grid at the right."""
+    z = torch.linspace(1e-6, 6, 6_000_001, dtype=torch.float64)
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z.square(), s).log_prob(y)
+    return log_p.logsumexp(0) + math.log(2 * 1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-3])
+def test_modes_apart_are_both_found(scale):
+    y = t([0.3, 1.0])
+    program = one_each(dist.Normal(t(0.0), 1.0), lambda z: dist.Normal(z.square(), scale))
+    exact = torch.stack([two_modes(value, scale) for value in y])
+    torch.testing.assert_close(exactly(program, y), exact, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05])
+def test_a_spike_beside_a_wide_part_is_not_stepped_over(share):
+    def program(y):
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Categorical(t([1 - share, share])))
+            prior = dist.StudentT(t(5.0), t([0.0, 1.2345])[k], t([1.0, 1e-7])[k])
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+    with pytest.raises(lvppl.ProgramError, match=r"of data 0.* does not stand still"):
+        lvppl.log_likelihood(program, t([2.0]), estimator="exact")
+
+
+def test_a_scale_is_refused():
+    def program(y):
+        with pyro.plate("data", len(y)), pyro.poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Gamma(t(1.0), 1.0))
+            pyro.sample("y", dist.Poisson(z), obs=y)
+
+    with pytest.raises(lvppl.ProgramError, match=r"'z' .* is continuous"):
+        lvppl.log_likelihood(program, COUNTS, estimator="exact")
+
+
 def test_a_thin_ridge_is_refused_by_datum():
     slopes = t([[3.0, 1.0], [3.0, 1.01]])
     program = one_each(

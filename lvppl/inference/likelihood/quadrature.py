@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.enumerated import is_one, user_scale
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import enumerating
 from lvppl.inference.addressed import AddressedDraws
@@ -34,7 +35,13 @@ __all__ = ["Integral", "Unsettled", "integrated"]
 
 DEPTH = 50.0
 """Nats below the largest value where the integrand is left out."""
-_FIRST = {1: 65, 2: 33}
+_DRAWS = 4096
+_CLIMBERS = 32
+"""Of the best draws, and of any, that look for peaks."""
+_CLIMB = 150
+_NEARLY = 3.0
+"""Nats by which the grid may miss a peak: its spacing is then about two deviations."""
+_FIRST = {1: 129, 2: 33}
 """Points of an axis while the box is sought."""
 _MOST = {1: 2**15 + 1, 2: 2**10 + 1}
 _BLOCK = {"cpu": 2**21}  # numbers that a program makes at once
@@ -77,6 +84,9 @@ def integrated(
         ProgramError: as of :class:`~lvppl.inference.likelihood.annealed.path.Path`.
     """
     path = Path(enumerating(model), None, data, kwargs, data_plate)
+    sites = path._draw(1, nullcontext()).model_sites.values()
+    if not all(is_one(user_scale(site)) for site in sites):
+        return None  # a scale would stand inside the integral, as in no exact sum
     if path.coordinates.num_continuous not in _FIRST or path.coordinates.digits:
         return None
     with seeded(0):
@@ -88,7 +98,7 @@ class _Quadrature:
 
     def __init__(self, path: Path) -> None:
         self.path, self.n = path, path.coordinates.num_continuous
-        start = path.start(AddressedDraws(0, None, 0, 0, set()), 512)
+        start = path.start(AddressedDraws(0, None, 0, 0, set()), _DRAWS)
         self.digits = start.digits[:1]
         self.dtype = start.vectors.dtype
         draws = start.vectors.double()
@@ -98,6 +108,11 @@ class _Quadrature:
         elements = sum(site["value"].numel() for site in sites)
         budget = _BLOCK.get(draws.device.type, _BLOCK_ACCELERATOR)
         self.at_once = max(1, budget // max(1, elements))
+        self.log_weight = start.log_weight.double()
+        at = ((draws - self.centre) / self.unit).asinh()
+        order = self.log_integrand(at).argsort(0, descending=True)[:_CLIMBERS, :, None]
+        starts = torch.cat([at.gather(0, order.expand(-1, -1, self.n)), at[:_CLIMBERS]])
+        self.peaks, self.heights = self._climbed(starts)
 
     def log_integrand(self, t: Tensor) -> Tensor:
         """(points, data) at t, (points, data, n)."""
@@ -108,6 +123,7 @@ class _Quadrature:
             points = self.path.at(part, self.digits.expand(len(part), -1, -1))
             parts.append((points.log_start + points.log_weight).double())
         found = torch.cat(parts) + log_det
+        # far out a program may overflow; near the prior's mass a NaN is an error of the program's
         return torch.where(found.isnan(), -math.inf, found)
 
     def grid(self, low: Tensor, high: Tensor, points: int) -> Tensor:
@@ -120,25 +136,41 @@ class _Quadrature:
         """Ends (data, n) of where the integrand is within ``DEPTH`` of its largest value."""
         points = _FIRST[self.n]
         low, high = torch.full_like(self.centre, -25.0), torch.full_like(self.centre, 25.0)
+        seen = self.heights > self.heights.amax(0) - DEPTH  # a grid may step over peaks
         for _ in range(80):
             t = self.grid(low, high, points)
             values = self.log_integrand(t)
-            best = values.amax(0)
-            inside = (values > best - DEPTH)[..., None]
+            best = torch.maximum(values.amax(0), self.heights.amax(0))
+            known = [((values > best - DEPTH)[..., None], t), (seen[..., None], self.peaks)]
             step = (high - low) / (points - 1)
-            first = torch.where(inside, t, math.inf).amin(0) - 2 * step
-            last = torch.where(inside, t, -math.inf).amax(0) + 2 * step
+            first = torch.cat([torch.where(keep, at, math.inf) for keep, at in known]).amin(0)
+            last = torch.cat([torch.where(keep, at, -math.inf) for keep, at in known]).amax(0)
+            first, last = first - 2 * step, last + 2 * step
             # a region that reaches an end goes on beyond it; one that fills little is looked into
-            outward = (first < low) | (last > high)
-            settled = ~outward & (last - first > 0.5 * (high - low))
-            if bool((settled | (best == -math.inf)[:, None]).all()):
+            kept = (first >= low) & (last <= high) & (last - first > 0.5 * (high - low))
+            kept |= (best == -math.inf)[:, None]
+            if bool(kept.all()):
                 break
             first = torch.where(first < low, low - 0.5 * (high - low), first)
             last = torch.where(last > high, high + 0.5 * (high - low), last)
-            keep = settled | (best == -math.inf)[:, None]
-            low, high = torch.where(keep, low, first), torch.where(keep, high, last)
+            low, high = torch.where(kept, low, first), torch.where(kept, high, last)
             low, high = low.clamp(min=-300.0), high.clamp(max=300.0)
         return low, high
+
+    def _climbed(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Local maxima near t, (points, data, n), and the integrand there.
+
+        By random steps that grow where they lead up and shrink where they do not: no derivative is
+        needed, and a peak of any width is reached.
+        """
+        height, size = self.log_integrand(t), torch.full_like(t[..., :1], 0.3)
+        for _ in range(_CLIMB):
+            there = t + size * torch.randn_like(t)
+            found = self.log_integrand(there)
+            better = (found > height)[..., None]
+            t, height = torch.where(better, there, t), torch.maximum(height, found)
+            size = size * torch.where(better, 1.6, 0.88)
+        return t, height
 
     def integral(self) -> Integral:
         low, high = self.box()
@@ -148,13 +180,22 @@ class _Quadrature:
             if before is not None:
                 moved = (total - before).nan_to_num(0.0).abs()
                 moved = moved / (1 + total.nan_to_num(neginf=0.0).abs())
+                moved = torch.where(self._resolved(low, high, points), moved, math.inf)
                 if bool((moved < _ENOUGH.get(self.dtype, 1e-6)).all()):
                     break
                 if 2 * points - 1 > _MOST[self.n]:
                     self._require_still(moved)
                     break
             before, points = total, 2 * points - 1
+        self._require_whole(total)
         return Integral(total, float(moved.max()), points**self.n)
+
+    def _resolved(self, low: Tensor, high: Tensor, points: int) -> Tensor:
+        """Whether the grid point beside each peak that matters is nearly as high, (data,)."""
+        step = (high - low) / (points - 1)
+        beside = low + ((self.peaks - low) / step).round() * step
+        near = self.log_integrand(beside) > self.heights - _NEARLY
+        return (near | (self.heights < self.heights.amax(0) - DEPTH / 2)).all(0)
 
     def _trapezoid(self, low: Tensor, high: Tensor, points: int) -> Tensor:
         """The ends count whole: the integrand is nothing there."""
@@ -166,12 +207,27 @@ class _Quadrature:
         assert total is not None
         return total + ((high - low) / (points - 1)).log().sum(-1)
 
+    def _require_whole(self, total: Tensor) -> None:
+        """Draws from the prior must not find more than the sum: it would have missed a mode."""
+        top = self.log_weight.amax(0)
+        weight = (self.log_weight - top.nan_to_num(neginf=0.0)).exp()
+        error = weight.std(0) / len(weight) ** 0.5
+        least = (weight.mean(0) - 6 * error).clamp(min=0.0).log() + top
+        missed = (least > total + 1e-3) | ((total == -math.inf) & (top > -math.inf))
+        wrong = missed.nonzero().flatten().tolist()
+        if wrong:
+            raise Unsettled(
+                f"The integral over the continuous latents of data {few(wrong)} by quadrature is "
+                "less than what draws from the prior find: the integrand has parts that are too "
+                "narrow and too far apart. Use estimator='importance' with a guide, or 'ais'."
+            )
+
     def _require_still(self, moved: Tensor) -> None:
         wrong = (moved > _LEAST.get(self.dtype, 1e-4)).nonzero().flatten().tolist()
         if wrong:
             raise Unsettled(
                 f"The integral over the continuous latents of data {few(wrong)} does not stand "
-                f"still: with {_MOST[self.n]:,} points an axis it still moves by "
-                f"{float(moved.max()):.2g} of itself. A density with a jump does that, or two "
-                "latents on a thin ridge. Use estimator='importance' with a guide, or 'ais'."
+                f"still: {_MOST[self.n]:,} points an axis are too few. A density with a jump does "
+                "that, narrow peaks that are far apart, or two latents on a thin ridge. Use "
+                "estimator='importance' with a guide, or 'ais'."
             )
