@@ -20,7 +20,14 @@ from lvppl.packed import Reduction, dims_of, log_sum_exp, named, sum_out
 from lvppl.packing import Packing, own_symbol
 from lvppl.tracing import PARTICLES, plate_scale, plates_of
 
-__all__ = ["DRAWS", "Enumerated", "num_states", "user_scale"]
+__all__ = [
+    "DRAWS",
+    "Enumerated",
+    "is_one",
+    "num_states",
+    "require_no_sequential_subsample",
+    "user_scale",
+]
 
 
 class Enumerated:
@@ -69,6 +76,8 @@ class Enumerated:
         plates = set(symbols.values())
         self.eliminate = {s for factor in packed for s in dims_of(factor)} - plates
         if not averaged:
+            for site, _ in self.factors.values():
+                require_no_sequential_subsample(site)
             self._check_subsampled(packed)
         data = {plate.name for plate in layout.data_plates}
         local = set() if averaged else set(layout.subsampled_inside)
@@ -289,6 +298,22 @@ def num_states(site: Any) -> int:
 def is_one(scale: Any) -> bool:
     """Whether a scale is the number 1; a tensor of scales is taken not to be."""
     return not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-9)
+
+
+def require_no_sequential_subsample(site: Any) -> None:
+    """Refuse a loop over a part of a plate, whose scale would stand inside a sum or integral.
+
+    Raises:
+        ProgramError: by site and plate.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.dim is None and frame.full_size and frame.size < frame.full_size:
+            raise ProgramError(
+                f"Site '{site['name']}' lies in a loop over {frame.size} of {frame.full_size} "
+                f"elements of plate '{frame.name}', and depends on a latent that is summed or "
+                "integrated. Make it a vectorised plate (with pyro.plate(...):), or take all "
+                "elements."
+            )
 
 
 def user_scale(site: Any) -> Any:

@@ -171,9 +171,8 @@ def posterior(
             "initial logits make the two the same."
         )
     raise ProgramError(
-        "The model has no discrete latent, so that there is no posterior. Write "
-        "pyro.sample('z', dist.Categorical(weights)) without obs=; lvppl.log_evidence gives "
-        "ln p(y)."
+        "The model has no latent, so that there is no posterior. Write pyro.sample('z', "
+        "dist.Categorical(weights)) without obs=; lvppl.log_evidence gives ln p(y)."
     )
 
 
@@ -387,7 +386,8 @@ class ExactPosterior:
         enumerated = self._graph.enumerated
         factors = () if enumerated is None else enumerated.over_factors()
         inner = sum(state.elements for state in self._states.values())
-        return sum(factor.numel() for factor in factors) + inner
+        groups = sum(group.elements for group in self._graph.groups)
+        return sum(factor.numel() for factor in factors) + inner + groups
 
     def _shape(self, name: str) -> tuple[int, ...]:
         site = self._integrated[name].site

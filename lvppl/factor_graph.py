@@ -121,10 +121,6 @@ class FactorGraph:
         gaussian = placed.values if placed is not None else {}
         _refuse_continuous({n: s for n, s in self.sites.items() if n not in gaussian})
         self.temperature = temperature
-        for site in self.sites.values():
-            replaced = None if density is None else density(site)
-            if replaced is not None:
-                self._replace(site, replaced)
         self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
         self.packing = Packing()
         self.groups: list[Group] = []
@@ -134,7 +130,24 @@ class FactorGraph:
                 self.run, placed, program, args, kwargs, self.packing, around, temperature
             )
             self.groups = groups_of(*found, self.packing, around)
+        for site in self.sites.values():
+            if guarded:
+                self._require_own_dimensions(site)
+            replaced = None if density is None else density(site)
+            if replaced is not None:
+                self._replace(site, replaced)
         self.enumerated = self._enumerated(temperature)
+
+    def _require_own_dimensions(self, site: Any) -> None:
+        """Refuse a batch dimension of another site's plate: an element of it is no state here."""
+        log_prob, plates = self.run.log_prob(site), {plate.dim for plate in plates_of(site)}
+        for dim in range(-min(self.run.width, log_prob.dim()), 0):
+            if log_prob.shape[dim] > 1 and dim not in plates:
+                raise ProgramError(
+                    f"Site '{site['name']}' has batch shape {tuple(site['fn'].batch_shape)}, whose "
+                    f"dimension {dim} belongs to no plate around it. Put it into the plate that "
+                    "its elements come from, or sum over them before with .to_event."
+                )
 
     def _around(self) -> dict[str, tuple[str, frozenset[str]]]:
         """By symbol of a discrete latent, its name and the symbols of its plates."""

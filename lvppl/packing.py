@@ -27,7 +27,9 @@ class Packing:
         """The plate of each symbol, the plate of particles left out."""
 
     def pack(self, site: Any, tensor: Tensor, event_dim: int = 0) -> tuple[Tensor, str]:
-        """A tensor of a site without its batch dimensions of size one, and what the others are.
+        """A tensor of a site, over its plates in full, without most dimensions of size one.
+
+        Beside it, what its batch dimensions are.
 
         Args:
             event_dim: dimensions on the right that are no batch dimensions; they stay.
@@ -40,10 +42,15 @@ class Packing:
             if frame.dim is not None:
                 even = opt_einsum.get_symbol(2 * len(self.names))
                 symbols[frame.dim] = self.names.setdefault(frame.name, even)
-        self.plates.update((self.names[plate.name], plate) for plate in plates_of(site))
+        around = {plate.dim: plate for plate in plates_of(site)}
+        self.plates.update((self.names[plate.name], plate) for plate in around.values())
         split = tensor.dim() - event_dim
         batch, event = tensor.shape[:split], tensor.shape[split:]
-        dims = [i for i in range(-len(batch), 0) if batch[i] > 1]
+        dims = [
+            i
+            for i in range(-len(batch), 0)
+            if batch[i] > 1 or (i in around and self.holds(around[i]))
+        ]
         unknown = [i for i in dims if i not in symbols]
         if unknown:
             raise ProgramError(
@@ -59,6 +66,12 @@ class Packing:
     def symbols_of(site: Any) -> set[str]:
         """Of the enumerated variables in scope of a site."""
         return set(_enumerated_symbols(site).values())
+
+    @staticmethod
+    def holds(plate: Plate) -> bool:
+        """Whether a plate has a dimension in packed tensors: one of a single element has none,
+        unless it stands for more."""
+        return plate.size > 1 or plate.full_size > plate.size
 
     def symbol(self, plate: Plate) -> str:
         return self.names[plate.name]

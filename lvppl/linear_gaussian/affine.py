@@ -16,7 +16,7 @@ from lvppl.linear_gaussian.placing import Law, gaussian_law
 from lvppl.linear_gaussian.variables import Variable
 from lvppl.packing import Packing
 from lvppl.replay import Replay
-from lvppl.tracing import kind_of, plates_of, unmasked
+from lvppl.tracing import is_masked, kind_of, plates_of, unmasked
 
 __all__ = ["AffineSite", "Discrete", "law_of", "move_of"]
 
@@ -59,6 +59,7 @@ class AffineSite:
             affine = bool(((actual - predicted).abs() <= tolerance * size).all())
             fixed = torch.allclose(law.spread, self.spread, rtol=tolerance, atol=0.0)
         if affine and fixed:
+            self._require_normal(found, law)
             return
         names = " and ".join(f"'{v.name}'" for v in self.scope)
         what = "location is not an affine function" if not affine else "scale is a function"
@@ -67,6 +68,29 @@ class AffineSite:
             f"latent {names}, but its {what} of it, element by element of its plates: the integral "
             "has no closed form. Give the latent a guide (lvppl.SVI, lvppl.log_likelihood with "
             "estimator='importance'), or make it a parameter (pyro.param)."
+        )
+
+    def _require_normal(self, found: Any, law: Law) -> None:
+        """Refuse a mask that moves, and a subclass of Normal that has another density."""
+        masks = [(law.mask, self.law.mask), (found["mask"], self.site["mask"])]
+        same = not self.site["is_observed"] or all(_equal(*pair) for pair in masks)
+        with torch.no_grad():
+            fn = found["fn"] if found["is_observed"] else unmasked(found["fn"])
+            squares = law.whitened(found["value"] - law.location, law.spread).square()
+            squares = squares.sum(tuple(range(-law.rows, 0))) if law.rows else squares
+            expected, actual = (
+                law.log_normaliser(law.spread) - 0.5 * squares,
+                fn.log_prob(found["value"]),
+            )
+            tolerance = 1e-8 if actual.dtype == torch.float64 else 1e-3
+            normal = (actual - expected).abs() <= tolerance * (1 + expected.abs() + squares)
+        if same and bool(normal.all()):
+            return
+        what = "another density than a Normal has" if same else "a mask that depends on it"
+        raise ProgramError(
+            f"Site '{self.site['name']}' ({kind_of(self.site['fn'])}) depends on the Gaussian "
+            f"latent '{self.scope[0].name}' and has {what}: the integral has no closed form. Give "
+            "the latent a guide (lvppl.SVI, lvppl.log_likelihood with estimator='importance')."
         )
 
     def _spread_out(self, variable: Variable, x: Tensor) -> Tensor:
@@ -82,6 +106,11 @@ class AffineSite:
     ) -> Residual:
         """Whitened and packed; plates along which nothing that is integrated or summed varies are
         joined to the rows."""
+        if temperature != 1.0 and not self.site["is_observed"] and is_masked(self.site):
+            raise ProgramError(
+                f"The Gaussian latent '{self.site['name']}' is masked, which has no meaning at a "
+                "temperature other than 1. Leave the mask out."
+            )
         law, rows, power = self.law, self.law.rows, temperature**-0.5
         start = self.site["value"] - law.location
         spread, joined = self.spread, self._joined(packing, around)
@@ -138,6 +167,12 @@ def _rows(base: Replay, site: Any, tensor: Tensor, rows: int, joined: Sequence[i
     shape = [1 if i in moved else n for i, n in enumerate(tensor.shape[:batch])]
     order = [i for i in range(batch) if i not in moved] + moved + [*range(batch, tensor.dim())]
     return tensor.permute(order).reshape(*shape, -1)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(*torch.broadcast_tensors(torch.as_tensor(one), torch.as_tensor(other)))
 
 
 def law_of(site: Any) -> Law:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -69,14 +69,39 @@ class Group:
 
     @cached_property
     def point(self) -> Point:
-        """Near where the posterior is: what the quadratics are made about.
+        """Where the posterior is, given the states around each latent: what quadratics are about.
 
         Any point gives the same table but for rounding.
         """
         with torch.no_grad():
-            still = [_detached(residual) for residual in self.residuals]
-            means, _ = self._derivatives(still, {}, self._by_softmax)
-        return means
+            still = self._quadratics([_detached(residual) for residual in self.residuals], {})
+            leaves = []
+            for name, variable in self.variables.items():
+                states, (dims, shape) = self._states_around(name), self._own(variable)
+                sizes = [self._sizes[symbol] for symbol in states]
+                leaves.append(self._leaf(name, states + dims, (*sizes, *shape), still[0]))
+        with torch.enable_grad():
+            asked = [leaf.information.requires_grad_() for leaf in leaves]
+            asked += [leaf.constant.requires_grad_() for leaf in leaves]
+            table = self._table(still, leaves)
+            over = [i for i, symbol in enumerate(dims_of(table)) if symbol in self.enumerated]
+            total = table.logsumexp(over) if over else table
+            found = torch.autograd.grad(total.sum(), asked)
+        means, weights = found[: len(leaves)], found[len(leaves) :]
+        return {
+            leaf.scope[0]: ((mean / weight[..., None]).nan_to_num(0.0, 0.0, 0.0), leaf.dims)
+            for leaf, mean, weight in zip(leaves, means, weights, strict=True)
+        }
+
+    @cached_property
+    def _middle(self) -> Point:
+        """The point averaged over the states around each latent: one for each kept element."""
+        found = {}
+        for name, (value, dims) in self.point.items():
+            over = [i for i, symbol in enumerate(dims) if symbol in self.enumerated]
+            kept = "".join(symbol for symbol in dims if symbol not in self.enumerated)
+            found[name] = (value.mean(over) if over else value, kept)
+        return found
 
     # ------------------------------------------------------------------------------- questions
 
@@ -94,7 +119,7 @@ class Group:
         with torch.no_grad():
             still = [_detached(residual) for residual in self.residuals]
             weights = _answered(answer)
-            means, _ = self._derivatives(still, self.point, weights)
+            means, _ = self._derivatives(still, self._middle, weights)
             # about the mean itself, so that the covariance is no difference of large numbers
             means, covariances = self._derivatives(still, means, weights)
         return {
@@ -110,7 +135,7 @@ class Group:
         """
         with torch.no_grad():
             still = [_detached(residual).jiggled(num_draws, draws) for residual in self.residuals]
-            means, _ = self._derivatives(still, self.point, _answered(answer), (draws, num_draws))
+            means, _ = self._derivatives(still, self._middle, _answered(answer), (draws, num_draws))
         return {name: self._by_kept(name, mean, 1, num_draws) for name, (mean, _) in means.items()}
 
     def _by_kept(self, name: str, value: Tensor, events: int, *before: int) -> Tensor:
@@ -123,57 +148,73 @@ class Group:
     def _quadratics(self, residuals: Sequence[Residual], point: Point) -> list[Quadratic]:
         return [self._reduced(residual.about(point)) for residual in residuals]
 
-    def _table(self, quadratics: Sequence[Quadratic]) -> Tensor:
-        live = dict(enumerate(quadratics))
-        for number, (name, bucket) in enumerate(self._order, len(live)):
-            factors = [live.pop(i) for i in bucket]
-            live[number] = self._reduced(integrated_out(product(factors), name))
+    def _table(self, quadratics: Sequence[Quadratic], leaves: Sequence[Quadratic] = ()) -> Tensor:
+        """The integral; leaves are further factors, of one latent each."""
+        live, own = dict(enumerate(quadratics)), {leaf.scope[0]: [leaf] for leaf in leaves}
+        for number, step in enumerate(self._steps, len(live)):
+            factors = [live.pop(i) for i in step.bucket] + own.get(step.name, [])
+            live[number] = self._reduced(integrated_out(product(factors), step.name))
         (last,) = live.values()
         return named(last.constant, last.dims)
 
     @cached_property
-    def _order(self) -> list[tuple[str, list[int]]]:
-        """Latents with the factors that hold them: innermost plates first, then the smallest.
+    def _steps(self) -> list[_Step]:
+        """The order of elimination: innermost plates first, then the smallest product.
 
         Factors are numbered as the residuals; what an elimination leaves gets the next number.
         """
         scopes = {i: frozenset(r.scope) for i, r in enumerate(self.residuals)}
+        dims = {
+            i: frozenset(r.dims).union(*(self._states_around(n) for n in r.scope))
+            for i, r in enumerate(self.residuals)
+        }
         holders = {n: {i for i, scope in scopes.items() if n in scope} for n in self.variables}
 
         def rank(name: str) -> tuple[int, int, str]:
             met = frozenset().union(*(scopes[i] for i in holders[name]))
-            return -len(self.variables[name].kept), sum(self.variables[n].size for n in met), name
+            return -len(self.variables[name].kept), self._width(met), name
 
         ranks = {name: rank(name) for name in holders}
-        heap, order, number = sorted(ranks.values()), list[tuple[str, list[int]]](), len(scopes)
+        heap, steps, number = sorted(ranks.values()), list[_Step](), len(scopes)
         while heap:
             found = heapq.heappop(heap)
             name = found[-1]
             if name not in holders or ranks[name] != found:
                 continue  # an entry from before its neighbours changed
             bucket = holders.pop(name)
-            left = frozenset().union(*(scopes.pop(i) for i in sorted(bucket))) - {name}
-            order.append((name, sorted(bucket)))
-            scopes[number] = left
-            for other in left:
+            scope, around = (
+                frozenset().union(*(table.pop(i) for i in bucket)) for table in (scopes, dims)
+            )
+            steps.append(_Step(name, sorted(bucket), scope, around))
+            scopes[number], dims[number] = scope - {name}, around - self._outside(scope - {name})
+            for other in scopes[number]:
                 holders[other] = holders[other] - bucket | {number}
-            for other in left:
+            for other in scopes[number]:
                 ranks[other] = rank(other)
                 heapq.heappush(heap, ranks[other])
             number += 1
-        return order
+        return steps
+
+    def _width(self, scope: Iterable[str]) -> int:
+        return sum(self.variables[name].size for name in scope)
+
+    def _states_around(self, name: str) -> str:
+        """Symbols of the discrete variables in the sites that a latent meets."""
+        met = (s for r in self.residuals if name in r.scope for s in r.dims)
+        return "".join(dict.fromkeys(symbol for symbol in met if symbol in self.enumerated))
+
+    def _outside(self, scope: Iterable[str]) -> set[str]:
+        """Symbols of the plates that no latent of a scope keeps."""
+        kept = {self.packing.symbol(p) for name in scope for p in self.variables[name].kept}
+        return set(self.packing.plates) - kept if scope else set()
 
     def _reduced(self, factor: Quadratic) -> Quadratic:
-        """Plates that no latent of the scope keeps, multiplied along.
+        """Plates that no latent of the scope keeps, multiplied along; those of a table stay.
 
         Raises:
             ProgramError: a discrete variable lies in such a plate: all of them are coupled.
         """
-        if not factor.scope:
-            return factor  # a table: its plates are multiplied along when its states are summed
-        plates = {symbol for symbol in factor.dims if symbol in self.packing.plates}
-        kept = {self.packing.symbol(p) for n in factor.scope for p in self.variables[n].kept}
-        others = plates - kept
+        others = self._outside(factor.scope) & set(factor.dims)
         for symbol in factor.dims:
             name, around = self.enumerated.get(symbol, ("", frozenset()))
             if around & others:
@@ -181,25 +222,27 @@ class Group:
                 raise ProgramError(_coupled(factor.scope[0], name, plate))
         return without_plates(factor, others)
 
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {
+            symbol: size
+            for residual in self.residuals
+            for symbol, size in zip(residual.dims, residual.offset.shape, strict=False)
+        }
+
     def _require_affordable(self) -> None:
         """Raise before the work where a product of factors would not fit."""
-        sizes = {
-            symbol: size
-            for r in self.residuals
-            for symbol, size in zip(r.dims, r.constant.shape, strict=True)
-        }
-        live = {i: (set(r.scope), set(r.dims)) for i, r in enumerate(self.residuals)}
-        for number, (name, bucket) in enumerate(self._order, len(live)):
-            held = [live.pop(i) for i in bucket]
-            scope, dims = (set().union(*sets) for sets in zip(*held, strict=True))
-            width = sum(self.variables[n].size for n in scope)
-            elements = math.prod(sizes[symbol] for symbol in dims) * width**2
+        for step in self._steps:
+            width = self._width(step.scope)
+            elements = math.prod(self._sizes[symbol] for symbol in step.dims) * width**2
             if elements > MOST_ELEMENTS:
-                states = [self.enumerated[s][0] for s in sorted(dims) if s in self.enumerated]
-                raise ProgramError(_too_large(name, elements, width, states))
-            scope.discard(name)
-            kept = {self.packing.symbol(p) for n in scope for p in self.variables[n].kept}
-            live[number] = scope, {s for s in dims if s in kept or s in self.enumerated}
+                states = [self.enumerated[s][0] for s in sorted(step.dims) if s in self.enumerated]
+                raise ProgramError(_too_large(step.name, elements, width, states))
+
+    @property
+    def elements(self) -> int:
+        """Numbers that one draw needs."""
+        return sum(residual.offset.numel() for residual in self.residuals) + self.table.numel()
 
     # ----------------------------------------------------------------------------- derivatives
 
@@ -212,58 +255,55 @@ class Group:
     ) -> tuple[dict[str, tuple[Tensor, str]], dict[str, Tensor]]:
         """E[x] with its dims, and Cov[x], under weights of the table's states."""
         quadratics = self._quadratics(residuals, point)
-        like = quadratics[0].constant
-        leaves: list[Quadratic] = []
+        leaves = []
         for name, variable in self.variables.items():
             dims, shape = self._own(variable)
-            if draws[0]:
-                dims, shape = draws[0] + dims, (draws[1], *shape)
-            h = like.new_zeros(*shape, variable.size).requires_grad_()
-            P = like.new_zeros(*shape, variable.size, variable.size).requires_grad_()
-            zero = like.new_zeros(shape)
-            leaves.append(Quadratic((name,), (variable.size,), P, h, zero, dims))
+            sizes = (draws[1], *shape) if draws[0] else shape
+            leaves.append(self._leaf(name, draws[0] + dims, sizes, quadratics[0]))
         with torch.enable_grad():
-            table = self._table(self._merged(quadratics, leaves))
+            asked = [leaf.information.requires_grad_() for leaf in leaves]
+            asked += [leaf.precision.requires_grad_() for leaf in leaves]
+            table = self._table(quadratics, leaves)
             still = named(table.detach(), dims_of(table))
             total = (weights(still) * table).sum()
-            asked = [t for leaf in leaves for t in (leaf.information, leaf.precision)]
             found = torch.autograd.grad(total, asked)
         means, covariances = {}, {}
-        for leaf, first, second in zip(leaves, found[::2], found[1::2], strict=True):
+        for leaf, first, second in zip(leaves, found, found[len(leaves) :], strict=False):
             (name,) = leaf.scope
-            origin = aligned(*point[name], leaf.dims, 1) if name in point else 0.0
-            means[name] = (origin + first, leaf.dims)
+            means[name] = (aligned(*point[name], leaf.dims, 1) + first, leaf.dims)
             covariances[name] = -2 * second - first[..., :, None] * first[..., None, :]
         return means, covariances
+
+    def _leaf(self, name: str, dims: str, shape: Sequence[int], like: Quadratic) -> Quadratic:
+        """Zeros, to take derivatives in."""
+        size, zeros = self.variables[name].size, like.constant.new_zeros
+        parts = zeros(*shape, size, size), zeros(*shape, size), zeros(shape), zeros(*shape, size)
+        return Quadratic((name,), (size,), *parts, dims)
 
     def _own(self, variable: Variable) -> tuple[str, tuple[int, ...]]:
         """Symbols and sizes of the plates that a latent keeps."""
         plates = [
-            (self.packing.symbol(p), n)
-            for p, n in zip(variable.kept, variable.kept_shape, strict=True)
-            if n > 1
+            (self.packing.symbol(plate), plate.size)
+            for plate in variable.kept
+            if self.packing.holds(plate)
         ]
         return "".join(s for s, _ in plates), tuple(n for _, n in plates)
 
-    def _merged(
-        self, quadratics: Sequence[Quadratic], leaves: Sequence[Quadratic]
-    ) -> list[Quadratic]:
-        """Each leaf joined to the first factor that holds its latent: the order stays."""
-        merged = list(quadratics)
-        for leaf in leaves:
-            first = next(i for i, f in enumerate(merged) if leaf.scope[0] in f.scope)
-            merged[first] = product([merged[first], leaf])
-        return merged
 
-    def _by_softmax(self, table: Tensor) -> Tensor:
-        """Probabilities of the discrete states if nothing but this table counted."""
-        over = [i for i, symbol in enumerate(dims_of(table)) if symbol in self.enumerated]
-        if not over:
-            return torch.ones_like(table)
-        front = list(range(len(over)))
-        moved = table.movedim(over, front)
-        soft = torch.softmax(moved.flatten(0, len(over) - 1), 0).reshape(moved.shape)
-        return soft.movedim(front, over)
+@dataclass(frozen=True)
+class _Step:
+    """One latent integrated out of the factors that hold it.
+
+    Attributes:
+        bucket: numbers of those factors.
+        scope: the latents of their product, itself among them.
+        dims: the symbols of their product.
+    """
+
+    name: str
+    bucket: Sequence[int]
+    scope: frozenset[str]
+    dims: frozenset[str]
 
 
 def _answered(answer: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+_LEAST_KNOWN = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Relative error of a conditional precision that is accepted."""
+
+
 @dataclass(frozen=True)
 class Residual:
     """A site: w_0 and J over the variables of its scope, side by side."""
@@ -69,7 +73,8 @@ class Residual:
         J, P = (aligned(t, self.dims, dims, 2) for t in (self.jacobian, self.gram))
         h = -(J.mT @ w[..., None])[..., 0]
         c = aligned(self.constant, self.dims, dims, 0) - 0.5 * w.square().sum(-1)
-        return Quadratic(self.scope, self.sizes, P, h, c, dims)
+        bound = P.detach().diagonal(dim1=-2, dim2=-1)
+        return Quadratic(self.scope, self.sizes, P, h, c, bound, dims)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -83,20 +88,21 @@ class Residual:
         and Yuille 2010): its mean is the posterior's, and its covariance P⁻¹ Jᵀ J P⁻¹ = P⁻¹.
         """
         noise = torch.randn((count, *self.offset.shape), dtype=self.offset.dtype)
-        noise = noise.to(self.offset.device)
-        J, c = self.jacobian, self.constant
         return replace(
             self,
-            offset=self.offset + noise,
-            jacobian=J.expand(count, *J.shape),
-            constant=c.expand(count, *c.shape),
+            offset=self.offset + noise.to(self.offset.device),
+            jacobian=self.jacobian[None],  # the same for all draws, and so is what is made of it
+            constant=self.constant[None],
             dims=symbol + self.dims,
         )
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """−½ vᵀ P v + hᵀ v + c over the variables of a scope, side by side."""
+    """−½ vᵀ P v + hᵀ v + c over the variables of a scope, side by side.
+
+    Batch dimensions of the parts may be of size one where others' are not, but for plates.
+    """
 
     scope: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -106,6 +112,8 @@ class Quadratic:
     """h, (*dims, d)."""
     constant: Tensor
     """c, (*dims)."""
+    bound: Tensor
+    """(*dims, d): how large the terms were that the diagonal of P is the sum or difference of."""
     dims: str
 
 
@@ -133,38 +141,39 @@ def product(factors: Sequence[Quadratic]) -> Quadratic:
     sizes = {n: size for f in factors for n, size in zip(f.scope, f.sizes, strict=True)}
     dims, where = _union([f.dims for f in factors]), _slices(sizes)
     total = sum(sizes.values())
-    parts = [
-        (
-            [i for name in f.scope for i in where[name]],
-            aligned(f.precision, f.dims, dims, 2),
-            aligned(f.information, f.dims, dims, 1),
-            aligned(f.constant, f.dims, dims, 0),
-        )
-        for f in factors
-    ]
-    batch = common_shape([c.shape for *_, c in parts])
-    P = parts[0][1].new_zeros(*batch, total, total)
-    h = parts[0][2].new_zeros(*batch, total)
-    c = parts[0][3].new_zeros(batch)
-    for own, precision, information, constant in parts:
-        index = torch.tensor(own, device=P.device)
-        P[..., index[:, None], index] += precision
-        h[..., index] += information
-        c = c + constant
-    return Quadratic(tuple(sizes), tuple(sizes.values()), P, h, c, dims)
+    events = {"precision": 2, "information": 1, "constant": 0, "bound": 1}
+    sums = {}
+    for part, event_dim in events.items():
+        tensors = [aligned(getattr(f, part), f.dims, dims, event_dim) for f in factors]
+        batch = common_shape([t.shape[: len(dims)] for t in tensors])
+        whole = tensors[0].new_zeros([*batch, *[total] * event_dim])
+        for f, tensor in zip(factors, tensors, strict=True):
+            own = torch.tensor([i for name in f.scope for i in where[name]], device=whole.device)
+            if event_dim == 2:
+                whole[..., own[:, None], own] += tensor
+            elif event_dim == 1:
+                whole[..., own] += tensor
+            else:
+                whole = whole + tensor
+        sums[part] = whole
+    return Quadratic(tuple(sizes), tuple(sizes.values()), **sums, dims=dims)
 
 
 def integrated_out(factor: Quadratic, name: str) -> Quadratic:
     r"""∫ exp(factor) over one variable, by Cholesky factors of its block of the precision.
 
     Raises:
-        ProgramError: that block is not positive definite: the integral does not exist.
+        ProgramError: that block is not positive definite, or rounding has taken its digits.
     """
     own = _slices(dict(zip(factor.scope, factor.sizes, strict=True)))
     b = torch.tensor(own[name], device=factor.precision.device)
     rest = [n for n in factor.scope if n != name]
     kept = [i for n in rest for i in own[n]]
-    L = _cholesky(factor.precision.index_select(-2, b).index_select(-1, b), name)
+    L = _cholesky(
+        factor.precision.index_select(-2, b).index_select(-1, b),
+        factor.bound.index_select(-1, b),
+        name,
+    )
     h_b = _solved(L, factor.information.index_select(-1, b)[..., None])
     c = factor.constant + 0.5 * h_b.square().sum((-2, -1))
     c = c - L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * len(b) * math.log(2 * math.pi)
@@ -173,7 +182,8 @@ def integrated_out(factor: Quadratic, name: str) -> Quadratic:
     P = factor.precision.index_select(-2, a).index_select(-1, a) - cross.mT @ cross
     h = factor.information.index_select(-1, a) - (cross.mT @ h_b)[..., 0]
     sizes = tuple(s for n, s in zip(factor.scope, factor.sizes, strict=True) if n != name)
-    return Quadratic(tuple(rest), sizes, P, h, c, factor.dims)
+    bound = factor.bound.index_select(-1, a)
+    return Quadratic(tuple(rest), sizes, P, h, c, bound, factor.dims)
 
 
 def without_plates(factor: Quadratic, plates: Iterable[str]) -> Quadratic:
@@ -187,6 +197,7 @@ def without_plates(factor: Quadratic, plates: Iterable[str]) -> Quadratic:
         factor.precision.sum(where),
         factor.information.sum(where),
         factor.constant.sum(where),
+        factor.bound.sum(where),
         "".join(s for i, s in enumerate(factor.dims) if i not in where),
     )
 
@@ -203,13 +214,17 @@ def _slices(sizes: Mapping[str, int]) -> dict[str, range]:
     return found
 
 
-def _cholesky(precision: Tensor, name: str) -> Tensor:
+def _cholesky(precision: Tensor, bound: Tensor, name: str) -> Tensor:
     L, failed = torch.linalg.cholesky_ex(precision)
-    if bool(failed.any()):
+    with torch.no_grad():
+        pivots = L.diagonal(dim1=-2, dim2=-1).square()
+        lost = torch.finfo(L.dtype).eps * bound > _LEAST_KNOWN[L.dtype] * pivots
+    if bool(failed.any()) or bool(lost.any()):
         raise ProgramError(
-            f"The precision of the Gaussian latent '{name}' given the data is not positive "
-            "definite to rounding: its terms of ln p differ too much in size, or a scale is zero, "
-            "infinite or NaN. Use float64, and scales in the units of the data."
+            f"The precision of the Gaussian latent '{name}' given the data is lost in rounding, or "
+            "is not positive definite: the scales around it differ by too much, or one is zero, "
+            "infinite or NaN. Use float64, write latents that nearly determine each other as one, "
+            "and take scales that are nearer to each other."
         )
     return L
 

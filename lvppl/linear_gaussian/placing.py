@@ -38,14 +38,24 @@ class Placed(Messenger):
         self.nesting = nesting
         self.frames: dict[str, Frame] = {}
         self.values: dict[str, Tensor] = {}
+        self.subsamples: dict[str, Tensor] = {}
+        """Indices of subsampled plates, which all runs share."""
 
     def at(self, values: Mapping[str, Tensor]) -> Placed:
         """The same with other values."""
         other = Placed(self.nesting)
         other.frames, other.values = self.frames, dict(values)
+        other.subsamples = self.subsamples
         return other
 
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            self.subsamples.setdefault(msg["name"], msg["value"])
+
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.subsamples:
+            msg["value"] = self.subsamples[msg["name"]]
+            return
         if msg["is_observed"] or msg["value"] is not None or gaussian_law(msg["fn"]) is None:
             return
         name = msg["name"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvppl.enumerated import is_one, user_scale
+from lvppl.enumerated import is_one, require_no_sequential_subsample, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
 from lvppl.linear_gaussian.affine import AffineSite, Discrete, law_of, move_of
@@ -34,6 +34,9 @@ __all__ = ["recognised"]
 
 MOST_DIRECTIONS = 2**12
 """Runs of the program."""
+
+_PROBES = (1.7, -1.7, 1e3, -1e3)
+"""How far out, in deviations of the prior: what is bent may be straight nearby, or on one side."""
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Any]]
 """Values of latents to the sites of a run."""
@@ -73,7 +76,7 @@ def recognised(
         return Replay(there, None, args, kwargs, base.layout, None, False, False).model_sites
 
     affine = _affine_sites(run, sites, scopes, variables)
-    for number in range(2):
+    for number in range(len(_PROBES)):
         _require_as_read(run, base, affine, variables, number)
     return variables, [s.residual(base, packing, around, temperature) for s in affine.values()]
 
@@ -181,6 +184,7 @@ def _require_whole(site: Any, scope: Sequence[Variable], layout: Layout) -> None
             f"'{scope[0].name}', which is integrated: the scale would stand inside the integral. "
             "Leave the scale out."
         )
+    require_no_sequential_subsample(site)
     for plate in plates_of(site):
         if plate.name in layout.subsampled_inside and plate.size < plate.full_size:
             for variable in scope:
@@ -240,9 +244,9 @@ def _along(variable: Variable, direction: int) -> Tensor:
 def _random(variable: Variable, number: int, place: int) -> Tensor:
     """In general position: what is not affine may be so along axes, or for equal elements."""
     like = variable.frame.centre
-    generator = torch.Generator().manual_seed(1000 * place + number)
+    generator = torch.Generator().manual_seed(1000 * place + number // 2)
     x = torch.randn(*variable.kept_shape, variable.size, generator=generator, dtype=torch.float64)
-    return (1.7 * x).to(like)
+    return (_PROBES[number] * x).to(like)
 
 
 def _require_same(base: Replay, site: Any, found: Any, variables: Mapping[str, Variable]) -> None:

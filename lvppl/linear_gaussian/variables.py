@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,28 +81,53 @@ def variables_of(
 
     A plate is kept if every site that a latent meets lies inside it. Where the plates of two
     latents that meet do not nest (rows and columns of a table), one of them gives up its own.
+    Latents meet in a site, or when one that both of them meet is integrated out.
     """
     kept: dict[str, dict[str, Plate]] = {}
     for name in frames:
-        plates = {plate.name: plate for plate in plates_of(sites[name])}
-        for site, scope in scopes.items():
-            if name in scope:
-                around = {plate.name for plate in plates_of(sites[site])}
-                plates = {n: plate for n, plate in plates.items() if n in around}
-        kept[name] = plates
-    changed = True
-    while changed:
-        changed = False
-        for scope in scopes.values():
-            for a, b in itertools.combinations(scope, 2):
-                if not (kept[a].keys() <= kept[b].keys() or kept[b].keys() <= kept[a].keys()):
-                    loser = min((a, b), key=lambda n: math.prod(p.size for p in kept[n].values()))
-                    other = kept[b if loser == a else a]
-                    kept[loser] = {n: p for n, p in kept[loser].items() if n in other}
-                    changed = True
+        around = [
+            {plate.name for plate in plates_of(sites[site])}
+            for site, scope in scopes.items()
+            if name in scope
+        ]
+        own = plates_of(sites[name])
+        kept[name] = {p.name: p for p in own if all(p.name in plates for plates in around)}
+    while (loser := _crossing(kept, scopes.values())) is not None:
+        name, others = loser
+        kept[name] = {n: plate for n, plate in kept[name].items() if n in others}
     return {
         name: Variable(
             sites[name], tuple(sorted(plates.values(), key=lambda p: p.dim)), frames[name]
         )
         for name, plates in kept.items()
     }
+
+
+def _crossing(
+    kept: Mapping[str, Mapping[str, Plate]], scopes: Iterable[Sequence[str]]
+) -> tuple[str, set[str]] | None:
+    """A latent that must give up plates, and those that it may keep; ``None`` for none."""
+
+    def elements(name: str) -> int:
+        return math.prod(plate.size for plate in kept[name].values())
+
+    for scope in _cliques(kept, scopes):
+        for a, b in itertools.combinations(sorted(scope), 2):
+            if not (kept[a].keys() <= kept[b].keys() or kept[b].keys() <= kept[a].keys()):
+                fewer, more = sorted((a, b), key=elements)
+                return fewer, set(kept[more])
+    return None
+
+
+def _cliques(
+    kept: Mapping[str, Mapping[str, Plate]], scopes: Iterable[Sequence[str]]
+) -> list[set[str]]:
+    """The latents that meet in sites, and those that are left when one is integrated out."""
+    live = [set(scope) for scope in scopes]
+    found = list(live)
+    for name in sorted(kept, key=lambda n: -len(kept[n])):  # innermost plates first
+        met = [scope for scope in live if name in scope]
+        left = set().union(*met) - {name}
+        live = [scope for scope in live if name not in scope] + [left]
+        found.append(left)
+    return found
