@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lvppl.enumerated import Enumerated, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
+from lvppl.missing import OWN_PROPOSAL
 from lvppl.tracing import (
     is_discrete,
     is_enumerated,
@@ -110,7 +112,8 @@ class Replay:
         self.signature = signature_of([*self.model_sites.values()], [*self.guide_sites.values()])
         check_same_subsamples(model_trace, guide_trace)
         self.layout = self._current(layout)
-        self._runs_model = isinstance(guide, AutoMessenger)  # and meets its observations there
+        # such a guide meets the observations of the model that it runs
+        self._runs_model = guide is not None and isinstance(unwrap(guide), AutoMessenger)
         self._noise = self._match(strict and guide is not None)
 
     def evaluate_guide(self) -> Replay:
@@ -151,8 +154,9 @@ class Replay:
             and getattr(s["fn"], "_mask", None) is not False
         }
         if strict:
+            proposed = [n for n in missing if not self.model_sites[n]["infer"].get(OWN_PROPOSAL)]
             observes = [] if self._runs_model else sorted(seen)
-            refuse_mismatch(missing, sorted(extra), observes, self.model_sites)
+            refuse_mismatch(proposed, sorted(extra), observes, self.model_sites)
         for name in missing:
             self.guide_sites[name] = self.model_sites[name]
         return frozenset(extra | seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.missing import MISSING
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, plates_of
 
@@ -60,6 +62,15 @@ class Site:
         return torch.cat(
             [run.by_plates(site["value"], site, self.event_dim) for run, site in self._messages()]
         )
+
+    @property
+    def observed(self) -> Tensor:
+        """The value, NaN where it is missing."""
+        missing = self._first["infer"].get(MISSING)
+        if missing is None:
+            return self.value
+        run = self._messages()[0][0]
+        return self.value.masked_fill(run.by_plates(missing, self._first, self.event_dim), math.nan)
 
     @cached_property
     def log_prob(self) -> Tensor:

@@ -129,7 +129,24 @@ class Autoregressive(TorchDistribution):
                 "it, is not (elements of the flattened event). Use an order that begins with the "
                 "observed elements."
             )
-        first = int(in_order.sum(-1).min())  # those before it are observed in every datum
+        return self.complete(value, observed, sample_shape)
+
+    @torch.no_grad()
+    def complete(self, value: Tensor, observed: Tensor, sample_shape: Any = ()) -> Tensor:
+        r"""Draws of the elements that were not observed, in order, each given those before it.
+
+        .. math:: y_m ∼ \prod_{i \text{ missing}} p(y_{o(i)} | y_{o(1)}, …, y_{o(i-1)})
+
+        Whatever was observed later in the order has no influence: this is p(y_m | y_observed) only
+        where the observed elements come first (:meth:`conditional_sample`), and elsewhere a
+        proposal for it, under which the weight of a draw is the product of the conditionals of the
+        observed elements.
+
+        :param value, observed: as in :meth:`conditional_sample`.
+        :returns: (\*sample, \*batch, \*event), with the observed elements in their places.
+        """
+        in_order = observed.reshape(-1, len(self.order))[:, list(self.order)]
+        first = int(in_order.all(0).long().cumprod(0).sum())  # those before are always observed
         start = torch.where(observed, value.to(self.blank), self.blank)
         return self._complete(start, observed, self.order[first:], torch.Size(sample_shape))
 

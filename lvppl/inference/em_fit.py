@@ -24,8 +24,8 @@ from lvppl.inference.fit import Fit, History
 from lvppl.inference.information import num_free
 from lvppl.inference.m_step import MStepTable
 from lvppl.inference.map_latents import MapLatents
-from lvppl.inference.missing import MissingValues
 from lvppl.inference.state import FitState
+from lvppl.missing import with_missing
 from lvppl.tracing import plates_of, sample_sites, traced, undisturbed
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class EMFit(Fit):
         """The model with its continuous latents as the fit took them."""
         shared = self.settings.get("map_latents", ())
         local = self.settings.get("integrated_latents", ())
-        model = MissingValues()(self.model) if self.settings.get("missing") else self.model
+        missing = self.settings.get("missing")
+        model, _ = with_missing(self.model, None, missing, draws=False)
         return MapLatents(shared)(ConjugateLatents(local)(StepsOfData()(model)))
 
     @contextmanager

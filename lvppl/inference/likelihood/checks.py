@@ -95,7 +95,7 @@ def check_annealing(
         raise ProgramError(f'annealing is of estimator="ais", but estimator is {estimator!r}.')
 
 
-def check_data(data: tuple[Any, ...]) -> int | None:
+def check_data(data: tuple[Any, ...], missing: str | None = None) -> int | None:
     """Number of rows of the first argument, ``None`` if it is no tensor; bad data are refused."""
     for i, x in enumerate(data):
         if not isinstance(x, Tensor):
@@ -105,12 +105,13 @@ def check_data(data: tuple[Any, ...]) -> int | None:
                 f"The data are empty: argument {i} has shape {tuple(x.shape)}. Pass at least one "
                 "row."
             )
-        bad = ~x.isfinite()
+        bad = x.isinf() if missing else ~x.isfinite()
         if bool(bad.any()):
             where = bad.reshape(len(bad) if bad.dim() else 1, -1).any(-1).nonzero().flatten()
             raise ProgramError(
                 f"Argument {i} has NaN or infinite values in {where.numel()} rows "
-                f"({few(where.tolist())}). Remove those rows, or fill their values and mask them."
+                f"({few(where.tolist())}). Remove those rows, or fill their values and mask them; "
+                'missing="nan" takes NaN as a missing value.'
             )
     return num_rows(data)
 

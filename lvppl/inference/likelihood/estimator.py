@@ -35,6 +35,7 @@ from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import Trajectory
 from lvppl.inference.psis import tail_size
+from lvppl.missing import with_missing
 from lvppl.seeding import checked_seed
 
 __all__ = ["log_likelihood"]
@@ -57,6 +58,7 @@ def log_likelihood(
     bootstrap: int | None = None,
     trajectory: bool = False,
     annealing: Annealing | None = None,
+    missing: str | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> LikelihoodEstimate:
@@ -100,6 +102,11 @@ def log_likelihood(
             200 are enough for an error to one part in twenty.
         trajectory: also keep the estimate from 2, 4, 8 ... draws, for ``estimate.plot()``.
         annealing: how the chains of ``"ais"`` move; chosen by a pilot run by default.
+        missing: ``"nan"`` takes NaN in the data as missing values: ln p(y) is then that of what was
+            observed, and 0 for a datum of which nothing was. They are summed out exactly where the
+            distribution of their site allows, and the guide reads 0 in their place
+            (:mod:`lvppl.missing`). Elements of an Autoregressive site that are missing before
+            observed ones in its order are drawn by the model, one completion for each draw.
         progress: show a bar.
         **kwargs: passed to the programs whole.
 
@@ -125,7 +132,8 @@ def log_likelihood(
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
     check_annealing(estimator, annealing, bootstrap, trajectory)
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
-    rows = check_data(data)
+    model, guide = with_missing(model, guide, missing)
+    rows = check_data(data, missing)
     seed = checked_seed(seed)
     proposal = _proposal(estimator, model, guide, data, kwargs, data_plate, defensive)
     job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
