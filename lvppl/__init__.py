@@ -24,6 +24,7 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
+from lvppl.inference.imputation import Imputation, impute
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
 from lvppl.inference.svi import SVI
@@ -53,6 +54,7 @@ __all__ = [
     "ExactPosterior",
     "Fit",
     "HardELBO",
+    "Imputation",
     "LikelihoodComparison",
     "LikelihoodEstimate",
     "LinearSchedule",
@@ -67,6 +69,7 @@ __all__ = [
     "bidirectional",
     "check",
     "data",
+    "impute",
     "load",
     "log_evidence",
     "log_likelihood",

@@ -115,13 +115,15 @@ class MissingValues(Messenger):
         value = msg["value"]
         if not msg["is_observed"] or not isinstance(value, Tensor) or not value.is_floating_point():
             return
+        if MISSING in msg["infer"]:
+            return  # seen to by a handler inside
         missing = value.isnan()
         if not self.parts and not bool(missing.any()):
             return  # so that EM knows complete data by their distribution
         name, fn = msg["name"], msg["fn"]
         msg["fn"] = observed_part(name, fn, missing, parts=self.parts)
         msg["value"] = torch.where(missing, filler(fn, value), value)
-        msg["infer"][MISSING] = missing
+        msg["infer"] = {**msg["infer"], MISSING: missing}
         part = needs_draws(msg["fn"])
         if part is None:
             return

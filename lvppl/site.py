@@ -63,14 +63,18 @@ class Site:
             [run.by_plates(site["value"], site, self.event_dim) for run, site in self._messages()]
         )
 
+    @cached_property
+    def missing(self) -> Tensor | None:
+        """True where an observed value is missing, (*plate sizes, *event); None if unknown."""
+        run, site = self._messages()[0]
+        missing = site["infer"].get(MISSING)
+        return None if missing is None else run.by_plates(missing, site, self.event_dim)[0]
+
     @property
     def observed(self) -> Tensor:
         """The value, NaN where it is missing."""
-        missing = self._first["infer"].get(MISSING)
-        if missing is None:
-            return self.value
-        run = self._messages()[0][0]
-        return self.value.masked_fill(run.by_plates(missing, self._first, self.event_dim), math.nan)
+        missing = self.missing
+        return self.value if missing is None else self.value.masked_fill(missing, math.nan)
 
     @cached_property
     def log_prob(self) -> Tensor:

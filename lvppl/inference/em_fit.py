@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lvppl.evidence import ExactPosterior, LogEvidence
     from lvppl.inference.em_loop import Loop, Settings
     from lvppl.inference.em_problem import Problem
+    from lvppl.inference.imputation import Imputation
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Prior
 
@@ -215,6 +216,18 @@ class EMFit(Fit):
             )
         count = evidence.per_datum.numel()
         return self.num_free * math.log(count) - 2.0 * float(evidence)
+
+    def impute(self, *data: Any, num_imputations: int = 0, **options: Any) -> Imputation:
+        """Fill the NaN of these data, which may be new; see :func:`lvppl.impute`.
+
+        Nothing of the mean is random: ``num_samples`` changes nothing.
+        """
+        from lvppl.factor_graph import enumerating
+        from lvppl.inference.imputation import impute
+
+        options = {**options, "num_samples": max(1, num_imputations)}
+        with self._running(data, {}) as (program, inside):
+            return impute(enumerating(program), *inside, num_imputations=num_imputations, **options)
 
     def reconstruct(
         self,

@@ -22,6 +22,7 @@ from lvppl.missing import with_missing
 from lvppl.seeding import seeded
 
 if TYPE_CHECKING:
+    from lvppl.inference.imputation import Imputation
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Posterior, Prior
 
@@ -207,6 +208,14 @@ class Fit:
         model, guide = with_missing(self.model, self.guide, kwargs.pop("missing"))
         with self._inside(data) as inside, seeded(seed):
             return self.objective.report(model, guide, *inside, **kwargs)
+
+    def impute(self, *data: Any, num_imputations: int = 0, **options: Any) -> Imputation:
+        """Fill the NaN of these data, which may be new; see :func:`lvppl.impute`."""
+        from lvppl.inference.imputation import impute
+
+        options = {"num_imputations": num_imputations, **options}
+        with self._inside(data) as inside:
+            return impute(self.model, *inside, guide=self.guide, **options)
 
     def reconstruct(
         self,

@@ -443,14 +443,20 @@ class Completed:
 
 
 def complete(
-    terms: Terms, model: Program, data: Sequence[Any], kwargs: Mapping[str, Any]
+    terms: Terms,
+    model: Program,
+    data: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    release: Callable[[], Messenger] | None = None,
 ) -> Completed:
     """Draw the model's enumerated latents given y and the others, then new y given all of them.
+
+    ``release`` makes the handler that lets go of observations, of all of them by default.
 
     Enumerated sites are drawn by forward filtering, backward sampling
     (``pyro.infer.infer_discrete``) at the values that ``terms`` holds.
     """
-    runs = [_completed(run, model, data, kwargs) for run in terms._runs]
+    runs = [_completed(run, model, data, kwargs, release or _Released) for run in terms._runs]
     return Completed(
         enumerated=_cat([run.enumerated for run in runs]),
         predictive=_cat([run.predictive for run in runs]),
@@ -459,7 +465,11 @@ def complete(
 
 
 def _completed(
-    run: Replay, model: Program, data: Sequence[Any], kwargs: Mapping[str, Any]
+    run: Replay,
+    model: Program,
+    data: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    release: Callable[[], Messenger],
 ) -> Completed:
     values = poutine.Trace()
     for name, site in run.guide_sites.items():
@@ -475,7 +485,7 @@ def _completed(
         enumerated = [site for site in sites if site["name"] in run.layout.enumerated]
         for site in enumerated:
             values.nodes[site["name"]] = cast(Any, site)
-    free = _Released()(poutine.replay(program, trace=values))
+    free = release()(poutine.replay(program, trace=values))
     sites = sample_sites(poutine.trace(free).get_trace(*data, **kwargs))
     new = [site for site in sites if site["infer"].get("was_observed")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
 
-__all__ = ["Job", "Plan", "Wanted", "plan_of", "run"]
+__all__ = ["Beside", "Job", "Plan", "Wanted", "plan_of", "run"]
 
 Program = Callable[..., Any]
 
@@ -317,8 +317,26 @@ class Wanted(NamedTuple):
         return [*(power for power in powers if power < self.num_samples), self.num_samples]
 
 
-def run(job: Job, plan: Plan, wanted: Wanted, progress: bool) -> list[WeightSums]:
-    """Weigh all draws of all data; passes are halved where memory runs out."""
+class Beside(Protocol):
+    """Sums of something else over the weighted draws of some rows."""
+
+    def add(self, terms: Terms, log_weight: Tensor, first_sample: int) -> None:
+        """The next draws: their terms, their ln w (particles, data), the number of the first."""
+
+
+def run(
+    job: Job,
+    plan: Plan,
+    wanted: Wanted,
+    progress: bool,
+    beside: Callable[[int, int], Beside] | None = None,
+) -> list[WeightSums]:
+    """Weigh all draws of all data; passes are halved where memory runs out.
+
+    Args:
+        beside: makes what else is summed over the draws of rows start:stop, which is then found
+            as ``beside`` of their weights.
+    """
     rows = job.rows or 1
     size = PassSize(plan.batch, plan.chunk, plan.whole)
     results: list[WeightSums] = []
@@ -326,7 +344,7 @@ def run(job: Job, plan: Plan, wanted: Wanted, progress: bool) -> list[WeightSums
     with tqdm(total=rows * wanted.num_samples, disable=not progress, unit="draw") as bar:
         while start < rows:
             stop = min(start + size.rows, rows)
-            sums = attempt(_weigh, job, plan, size, wanted, start, stop, bar.update)
+            sums = attempt(_weigh, job, plan, size, wanted, start, stop, bar.update, beside)
             if sums is None:
                 size.halve()  # and these rows again, from their first draw
                 bar.n = start * wanted.num_samples
@@ -347,12 +365,14 @@ def _weigh(
     start: int,
     stop: int,
     tell: Callable[[int], Any],
+    beside: Callable[[int, int], Beside] | None = None,
 ) -> WeightSums:
     """The weights of all draws of rows start:stop."""
     shares = [stratum.share for stratum in job.proposal.strata]
     resamples = Resamples(wanted.bootstrap, job.seed, len(shares)) if wanted.bootstrap else None
     counts = job.proposal.counts(wanted.num_samples)
     sums = WeightSums(wanted.num_samples, shares, counts, resamples)
+    sums.beside = None if beside is None else beside(start, stop)
     chunk = size.draws
     if chunk > 1 and job.layout(start, stop, with_particles=True).loop_reason:
         chunk = 1
@@ -366,6 +386,8 @@ def _weigh(
             if sums.count == 0:
                 sums.observed = observed_sizes(terms)
             sums.add(log_weight, part)
+            if sums.beside is not None:
+                sums.beside.add(terms, log_weight, first)
             tell((stop - start) * particles)
         if wanted.trajectory:
             sums.look()

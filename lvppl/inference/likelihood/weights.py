@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,8 @@ class WeightSums:
         self.shares = tuple(shares)
         self.parts = [Moments() for _ in shares]
         self.resamples = resamples
+        self.beside: Any = None
+        """What else was summed over these draws."""
         self.observed = (0, 0)
         """Discrete and continuous values that these data score."""
         self.prefixes: list[tuple[int, Tensor, Tensor]] = []
