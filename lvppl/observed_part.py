@@ -250,7 +250,20 @@ class MissingElements(ObservedPart):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Completions, (\\*sample, \\*batch, \\*event)."""
+        self._pass_over_observed()
         return self.whole.complete(self.value, ~self.missing, sample_shape)
+
+    def _pass_over_observed(self) -> None:
+        """Use up the random numbers of the elements at the start that no datum misses.
+
+        So those of an element do not depend on what other data of a batch miss, where they have
+        addresses.
+        """
+        in_order = self.missing.flatten(-self.event_dim)[..., list(self.whole.order)]
+        first = int((~in_order).flatten(0, -2).all(0).long().cumprod(0).sum())
+        given = self.whole.conditionals(self.value.expand(self.batch_shape + self.event_shape))
+        for _ in range(first):
+            given.sample()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The conditionals of the missing elements, sample and batch shape, in nats."""

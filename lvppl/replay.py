@@ -24,7 +24,7 @@ from lvppl.enumerated import Enumerated, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
-from lvppl.missing import OWN_PROPOSAL
+from lvppl.missing import MISSING, OWN_PROPOSAL
 from lvppl.tracing import (
     is_discrete,
     is_enumerated,
@@ -509,12 +509,20 @@ class Replay:
         reconstruction = self.mean(site)
         cost = function(site["value"], reconstruction)
         by_element, by_event = fn.batch_shape + fn.event_shape, fn.batch_shape
+        missing = site["infer"].get(MISSING)
         if cost.shape[-len(by_element) :] == by_element and by_element:
+            cost = cost if missing is None else cost.masked_fill(missing, 0.0)
             cost = cost.sum(list(range(-fn.event_dim, 0))) if fn.event_dim else cost
         elif cost.shape[cost.dim() - len(by_event) :] != by_event:
             raise ProgramError(
                 f"The distortion of site '{site['name']}' has shape {tuple(cost.shape)}; expected "
                 f"{tuple(by_element)}, one value for each element, or {tuple(by_event)}."
+            )
+        elif missing is not None and fn.event_dim and bool(missing.any()):
+            raise ProgramError(
+                f"Values of site '{site['name']}' are missing, but its distortion is summed over "
+                f"the elements of an event already: return {tuple(by_element)}, one value for each "
+                "element, so that the missing ones are left out."
             )
         return scale_and_mask(cost.expand(shape), 1.0, site["mask"])
 
