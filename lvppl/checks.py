@@ -15,7 +15,7 @@ from torch import Tensor
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import layout_of
 from lvppl.matching import check_same_space, first_index, has_no_density, no_density
-from lvppl.missing import with_missing
+from lvppl.missing import ELSEWHERE, with_missing
 from lvppl.observations import require_own_values
 from lvppl.terms import trace_terms
 from lvppl.tracing import (
@@ -361,23 +361,16 @@ def _check_finite(terms: Any, missing: str | None) -> None:
         if bool(bad.any()):
             index = first_index(bad[0])
             value = log_prob[bad].flatten()[0]
-            if missing and bool(value.isnan()):
-                raise ProgramError(_read_elsewhere(name, index, plates))
             where = f" at index {index} of its plates {list(plates)}" if index else ""
+            if missing and bool(value.isnan()):
+                raise ProgramError(
+                    f"The log-probability of site '{name}' is nan{where}. {ELSEWHERE}"
+                )
             raise ProgramError(
                 f"The log-probability of site '{name}' is {float(value)}{where}. Look at the "
                 "distribution's arguments there: a scale of zero, an overflow, or data that the "
                 "model excludes. strict=False lets it pass."
             )
-
-
-def _read_elsewhere(name: str, index: Any, plates: tuple[str, ...]) -> str:
-    where = f" at index {index} of its plates {list(plates)}" if index else ""
-    return (
-        f"The log-probability of site '{name}' is nan{where}. missing=\"nan\" takes missing "
-        "values out of the sites that observe them: a model that reads one elsewhere, as an input "
-        "or as an earlier step, computes with NaN. Make it a latent there, or fill such arguments."
-    )
 
 
 # --------------------------------------------------------------------------------------- printing

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -34,9 +35,10 @@ from torch.distributions import constraints
 from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError
 from lvppl.observed_part import MissingElements, needs_draws, observed_part
-from lvppl.tracing import support_of
+from lvppl.tracing import support_of, undisturbed
 
 __all__ = [
+    "ELSEWHERE",
     "MISSING",
     "OWN_PROPOSAL",
     "MissingValues",
@@ -49,6 +51,12 @@ Program = Callable[..., Any]
 
 MISSING = "lvppl_missing"
 """Key of a site's ``infer`` under which its mask lies: true where the value is missing."""
+ELSEWHERE = (
+    'missing="nan" takes missing values out of the sites that observe them: a model that reads one '
+    "elsewhere, as an input or as an earlier step, computes with NaN. Make it a latent there, or "
+    "fill such arguments."
+)
+"""What to say of a model that computes with a missing value."""
 OWN_PROPOSAL = "lvppl_own_proposal"
 """Key of a latent's ``infer`` that lets the model draw it where the guide does not."""
 
@@ -78,7 +86,33 @@ def with_missing(
     if missing is None:
         return model, guide
     handled: Program = MissingValues(draws=draws)(model)
-    return handled, None if guide is None else _reading_zeros(guide)
+    return _explained(handled, model), None if guide is None else _reading_zeros(guide)
+
+
+def _explained(handled: Program, model: Program) -> Program:
+    """The program, which says so where it computes with a missing value."""
+
+    @functools.wraps(model, updated=())
+    def program(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handled(*args, **kwargs)
+        except ValueError as error:
+            if "invalid values" in str(error) and _runs_filled(handled, args, kwargs):
+                what = "A distribution has a parameter that is nan."
+                raise ProgramError(f"{what} {ELSEWHERE}") from error
+            raise
+
+    return program
+
+
+def _runs_filled(program: Program, args: Any, kwargs: Any) -> bool:
+    """Whether the program runs once no value is missing: parameters of its own are not to blame."""
+    try:
+        with torch.no_grad(), undisturbed(), poutine.block():
+            program(*_zero_filled(args), **_zero_filled(kwargs))
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _reading_zeros(guide: Program) -> Program:

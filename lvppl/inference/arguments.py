@@ -137,6 +137,7 @@ def _check_tensor(
     bad = tensor.isinf() if missing else ~tensor.isfinite()
     if bool(bad.any()):
         where = [int(i) for i in bad.nonzero()[0]]
+        remedy = "Correct the data: a missing value is NaN." if missing else remedy
         raise ProgramError(f"{name} has {float(tensor[tuple(where)])} at index {where}. {remedy}")
 
 

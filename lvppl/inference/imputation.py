@@ -16,6 +16,7 @@ distributions by data augmentation: comment", JASA 82 (sampling, importance resa
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +28,18 @@ from torch import Tensor
 from lvppl.completion import completion
 from lvppl.errors import ProgramError
 from lvppl.inference.addressed import addressed_uniform
-from lvppl.inference.likelihood.checks import check_data, check_options
+from lvppl.inference.likelihood.checks import check_data, check_options, few
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.job import Job, Plan, Wanted, plan_of, run
 from lvppl.inference.likelihood.proposals import importance, prior
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.posterior import complete
+from lvppl.inference.psis import MIN_TAIL, tail_size
 from lvppl.missing import MISSING, with_missing
 from lvppl.replay import Replay
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.terms import Site, Terms
+from lvppl.tracing import kind_of
 
 __all__ = ["Imputation", "impute"]
 
@@ -126,8 +129,8 @@ def impute(
     Given the latents the mean is exact, so that only the latents are drawn. Latents that the model
     enumerates are averaged over exactly; with no others, nothing of the mean is random. Memory is
     bounded, and results do not depend on chunks but by rounding, as in
-    :func:`lvppl.log_likelihood` (latents that the model enumerates are drawn for imputations by
-    the pass).
+    :func:`lvppl.log_likelihood`. Imputations do where the model enumerates latents, or draws
+    elements of an Autoregressive site: right and reproducible, but other numbers for other chunks.
 
     Args:
         model: a Pyro program ``model(*data, **kwargs)``; see :mod:`lvppl.missing` for what it and
@@ -144,6 +147,9 @@ def impute(
         ProgramError: as ``log_likelihood``; more imputations than draws; a site whose conditional
             given its observed part is not known (a HiddenMarkov); a missing level of a Categorical
             without ``num_imputations``, since levels have no mean.
+
+    Warns:
+        UserWarning: which data have k-hat above min(1 - 1 / log10 S, 0.7).
 
     Source: Mattei and Frellsen (2019), "MIWAE", ICML, equations 12 and 13.
     """
@@ -162,6 +168,7 @@ def impute(
 
         sums = run(job, plan, Wanted(num_samples), progress, beside)
     estimate = record_of(job, sums, num_samples, job.notes(plan.layout))
+    _warn_of_tails(estimate)
     return _joined([part.beside for part in sums], estimate)
 
 
@@ -172,6 +179,19 @@ def _check_imputations(number: Any, num_samples: int) -> None:
         raise ProgramError(
             f"num_imputations={number} draws cannot come from num_samples={num_samples}: they are "
             "chosen among those. Take more samples."
+        )
+
+
+def _warn_of_tails(estimate: LikelihoodEstimate) -> None:
+    flagged = estimate.flagged.tolist() if tail_size(estimate.num_samples) >= MIN_TAIL else []
+    if flagged:
+        warnings.warn(
+            f"k-hat is above {estimate.khat_threshold:.2f} for {len(flagged)} of "
+            f"{estimate.num_data} data ({few(flagged)}): a few draws carry most of the weight, and "
+            "the errors of their imputations may be larger than stated. Take a wider guide or more "
+            "samples.",
+            UserWarning,
+            stacklevel=3,
         )
 
 
@@ -263,6 +283,13 @@ class _SiteSums:
         rest = [i for i in range(value.dim()) if i not in own]
         self.order, self.shape, self.num_data = [*own, *rest], value.shape, terms.num_data
         self.dtype = value.dtype
+        self.levels = kind_of(site._first["fn"]) == "Categorical"
+        if self.levels and not self.count and bool(missing.any()):
+            raise ProgramError(
+                f"levels of '{self.name}' are missing, and the levels of a Categorical have no "
+                "mean. Ask for draws, num_imputations=..., or use OneHotCategorical, whose mean "
+                "is the probability of each level."
+            )
         self.value = self.by_datum(value[None])[0]
         self.missing = self.by_datum(missing[None])[0]
         zero = torch.zeros_like(self.value, dtype=torch.float64)
@@ -308,6 +335,8 @@ class _SiteSums:
             assert drawn is not None
             moments = drawn.double(), drawn.double().square()
         mean, second = moments
+        if self.levels:  # draws there are, but no mean
+            mean = second = torch.full_like(mean, math.nan)
         if self.centre is None:
             self.centre = mean.mean(0)  # so that nothing cancels in the standard error
         w, s = weight.unsqueeze(-1), shrink.unsqueeze(-1)

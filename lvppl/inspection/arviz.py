@@ -102,7 +102,8 @@ def to_arviz(
         options: dict[str, Any] = {"num_samples": num_samples, "prior": prior, "seed": seed}
         return em_to_arviz(fit, *data, coords=coords, batch_size=batch_size, **options, **kwargs)
     with inside(fit, data) as data:
-        model, guide = with_missing(fit.model, fit.guide, fit.settings.get("missing"))
+        missing = getattr(fit, "settings", {}).get("missing")
+        model, guide = with_missing(fit.model, fit.guide, missing)
         pair = _Pair.of(model, guide, data, kwargs)
         if not pair.is_global:
             draws, notes = _local(pair, num_samples, batch_size, seed)

@@ -292,6 +292,7 @@ def test_missing_is_a_mask_of_elements(name: str, how: str):
         close(a, b, 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:k-hat")
 def test_a_fit_with_missing_values_is_that_with_a_mask():
     """Steps, minibatches and validation; the guide reads 0 where a value is missing."""
     held_out = with_holes(randn(6, D, seed=30))
@@ -737,6 +738,7 @@ def test_enumerated_latents_are_averaged_over():
     assert float(score.abs().max()) < 4.5
 
 
+@pytest.mark.filterwarnings("ignore:k-hat")
 def test_imputation_by_a_fit():
     """EM's is exact; SVI's is that of its programs at its parameters."""
     start = GaussianMixture.from_data(Y.nan_to_num(0.0), 2, covariance="diag")
@@ -980,6 +982,7 @@ def test_completions_by_hand():
     close(given.variance[2], torch.where(Y.isnan(), 1.5**2 * 5 / 3, 0.0))
 
 
+@pytest.mark.filterwarnings("ignore:k-hat")
 def test_a_network_never_sees_a_nan():
     """The guide's encoder gets zeros, in every routine; its gradients are finite."""
     seen: list[Tensor] = []

@@ -22,6 +22,7 @@ from lvppl.models import (
     NormalNormal,
     PoissonMixture,
     ProbabilisticPCA,
+    StudentTLikelihood,
     StudentTMixture,
     shallow_gaussian,
 )
@@ -50,6 +51,7 @@ PROGRAMS = {
     "scale_mixture": (lambda: StudentTMixture(3, 4), (4,)),
     "vae_bernoulli": (vae(x_shape=(4,), decoder=DENSE), (4,)),
     "vae_gaussian": (vae(x_shape=(4,), decoder=DENSE, likelihood=GaussianLikelihood), (4,)),
+    "vae_student": (vae(x_shape=(4,), decoder=DENSE, likelihood=StudentTLikelihood), (4,)),
     "vae_logistic": (
         vae(x_shape=(2, 2), decoder=DENSE, likelihood=DiscretizedLogisticLikelihood),
         (2, 2),

@@ -18,6 +18,7 @@ __all__ = [
     "check_extras",
     "check_options",
     "check_weights",
+    "few",
 ]
 
 Program = Callable[..., Any]
@@ -108,10 +109,16 @@ def check_data(data: tuple[Any, ...], missing: str | None = None) -> int | None:
         bad = x.isinf() if missing else ~x.isfinite()
         if bool(bad.any()):
             where = bad.reshape(len(bad) if bad.dim() else 1, -1).any(-1).nonzero().flatten()
-            raise ProgramError(
-                f"Argument {i} has NaN or infinite values in {where.numel()} rows "
-                f"({few(where.tolist())}). Remove those rows, or fill their values and mask them; "
+            kinds = "infinite" if missing else "NaN or infinite"
+            remedy = (
+                "Correct the data: a missing value is NaN."
+                if missing
+                else "Remove those rows, or fill their values and mask them; "
                 'missing="nan" takes NaN as a missing value.'
+            )
+            raise ProgramError(
+                f"Argument {i} has {kinds} values in {where.numel()} rows "
+                f"({few(where.tolist())}). {remedy}"
             )
     return num_rows(data)
 
