@@ -935,6 +935,73 @@ def test_a_wholly_missing_autoregression_is_drawn():
 # --------------------------------------------------------------------------------- other paths
 
 
+@pytest.mark.parametrize("kind", ["bits", "numbers"])
+def test_sweeps_over_every_state(kind: str):
+    """All 2^6 states by hand, for the forms that a sweep recognises in complete data."""
+    W, b = randn(6, D, seed=90), randn(D, seed=91)
+
+    def observation(z: Tensor) -> Any:
+        return dist.Bernoulli(logits=z @ W + b) if kind == "bits" else dist.Normal(z @ W + b, 0.7)
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((6,), 0.4)).to_event(1))
+            pyro.sample("y", observation(z).to_event(1), obs=y)
+
+    y = torch.where(Y.isnan(), NAN, (Y > 0).double()) if kind == "bits" else Y
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)), dtype=torch.float64)
+    each = observation(states).log_prob(y.nan_to_num(0.0)[:, None])
+    logs = torch.where(y.isnan()[:, None], 0.0, each).sum(-1)
+    prior = dist.Bernoulli(torch.full((6,), 0.4)).log_prob(states).sum(-1)
+    found = lvppl.log_likelihood(model, y, estimator="exact", missing="nan")
+    close(found.log_prob, (logs + prior).logsumexp(1))
+
+
+def test_annealed_chains_on_what_was_observed():
+    model = analyser()
+    found = lvppl.log_likelihood(model, Y, estimator="ais", num_samples=40, missing="nan", seed=1)
+    gap = (found.log_prob - evidence(model, Y).detach()).abs()
+    assert bool((gap < 4.5 * found.std_error + 1e-12).all())
+
+
+def test_a_fit_remembers_what_missing_means(tmp_path: Any):
+    """On disk, resumed, and exported: NaN stays what it was."""
+    model, guide = small_vae()
+    options: dict[str, Any] = {"seed": 0, "progress": False}
+    fit = lvppl.SVI(model, guide).fit(Y, missing="nan", num_steps=4, **options)
+    fit.save(tmp_path / "fit")
+    loaded = lvppl.load(tmp_path / "fit", model, guide)
+    assert torch.equal(
+        loaded.posterior(Y, num_samples=3, seed=1).log_weight,
+        fit.posterior(Y, num_samples=3, seed=1).log_weight,
+    )
+    resumed = lvppl.SVI(model, guide).fit(Y, resume=fit, num_steps=8, progress=False)
+    whole = lvppl.SVI(model, guide).fit(Y, missing="nan", num_steps=8, **options)
+    close(torch.tensor(resumed.history["loss"]), torch.tensor(whole.history["loss"]), 1e-12)
+    data = lvppl.to_arviz(fit, Y, num_samples=20, seed=0)
+    exported = torch.as_tensor(data["observed_data"]["x"].values)
+    assert torch.equal(exported.isnan(), Y.isnan())
+    # said again, it is as said
+    with pytest.raises(lvppl.ProgramError, match="NaN"):
+        fit.log_likelihood(Y, missing=None)
+
+
+def test_minibatches_of_which_some_have_gaps():
+    """An autoregression whose sites change from batch to batch, and its estimates afterwards."""
+    bits = (rand(60, 5, seed=92) < 0.5).double()
+    y = bits.masked_fill(rand(60, 5, seed=93) < 0.1, NAN)
+    y[20:] = bits[20:]
+    svi = lvppl.SVI(
+        made(), lambda y: None, objective=lvppl.IWAE(num_particles=5), learning_rate=0.05
+    )
+    fit = svi.fit(y, missing="nan", num_epochs=5, batch_size=15, seed=0, progress=False)
+    found = fit.log_likelihood(y, estimator="prior", num_samples=300, seed=0)
+    with fit.active():
+        wanted, _ = by_completions(fit.model, y)  # type: ignore[arg-type]
+    gap = (found.log_prob - wanted.detach()).abs()
+    assert bool((gap < 4.5 * found.std_error + 1e-9).all())
+
+
 def test_automatic_guides_and_the_check():
     def model(y: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(torch.zeros(D), 10.0).to_event(1))
