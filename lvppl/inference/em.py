@@ -218,6 +218,7 @@ class EM:
                     state=state,
                     device=where,
                     progress=progress,
+                    missing=missing,
                 )
         try:
             problem = self._prepare(state, data, kwargs, batch_size, seed, where, missing)

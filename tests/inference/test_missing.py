@@ -986,6 +986,34 @@ def test_a_fit_remembers_what_missing_means(tmp_path: Any):
         fit.log_likelihood(Y, missing=None)
 
 
+def test_em_with_a_guide():
+    """Half-steps of the ELBO reach the maximum of ln p(y_o): the prior's mean is that of y_o."""
+
+    def model(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+                        each = dist.Normal(z[..., None], 1.0).expand([*z.shape, D])
+            pyro.sample("y", each.to_event(1), obs=y)
+
+    def guide(y: Tensor) -> None:
+        weight = pyro.param("weight", torch.full((len(y),), 0.1))
+        width = pyro.param("width", torch.ones(len(y)), constraint=constraints.positive)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(weight, width))
+
+    fit = lvppl.EM(model, guide, objective=lvppl.ELBO(num_particles=64)).fit(
+        Y, missing="nan", max_iter=100, tol=1e-9, seed=0, progress=False
+    )
+    count = (~Y.isnan()).sum(-1)
+    # y_o of a row has precision n / (1 + n) for the mean, by its own mean
+    precision = count / (1 + count)
+    means = Y.nan_to_num(0.0).sum(-1) / count.clamp(min=1)
+    wanted = (precision * means).sum() / precision.sum()
+    assert abs(float(fit.params["loc"]) - float(wanted)) < 0.05
+    assert fit.settings["missing"] == "nan"
+
+
 def test_minibatches_of_which_some_have_gaps():
     """An autoregression whose sites change from batch to batch, and its estimates afterwards."""
     bits = (rand(60, 5, seed=92) < 0.5).double()
