@@ -993,7 +993,7 @@ def test_em_with_a_guide():
         loc = pyro.param("loc", torch.zeros(()))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Normal(loc, 1.0))
-                        each = dist.Normal(z[..., None], 1.0).expand([*z.shape, D])
+            each = dist.Normal(z[..., None], 1.0).expand([*z.shape, D])
             pyro.sample("y", each.to_event(1), obs=y)
 
     def guide(y: Tensor) -> None:
