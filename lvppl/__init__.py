@@ -24,6 +24,9 @@ from lvppl.inference.amortization import amortization_gap
 from lvppl.inference.em import EM
 from lvppl.inference.em_fit import EMFit
 from lvppl.inference.fit import Fit
+from lvppl.inference.gap_record import Gaps
+from lvppl.inference.gaps import gaps
+from lvppl.inference.gradients import GradientAudit, audit_gradients
 from lvppl.inference.imputation import Imputation, impute
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
@@ -39,6 +42,7 @@ from lvppl.objectives import (
     Objective,
     RateDistortion,
     Report,
+    ReweightedWakeSleep,
 )
 from lvppl.terms import Terms, trace_terms
 
@@ -53,6 +57,8 @@ __all__ = [
     "EMFit",
     "ExactPosterior",
     "Fit",
+    "Gaps",
+    "GradientAudit",
     "HardELBO",
     "Imputation",
     "LikelihoodComparison",
@@ -64,11 +70,14 @@ __all__ = [
     "ProgramError",
     "RateDistortion",
     "Report",
+    "ReweightedWakeSleep",
     "Terms",
     "amortization_gap",
+    "audit_gradients",
     "bidirectional",
     "check",
     "data",
+    "gaps",
     "impute",
     "load",
     "log_evidence",

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from lvppl.distributions import Autoregressive, HiddenMarkov
 from lvppl.errors import ProgramError
-from lvppl.observed_part import AutoregressivePart, GaussianPart, needs_draws
+from lvppl.observed_part import GaussianPart, ObservedElements, completed, needs_draws
 
 __all__ = ["completion"]
 
@@ -50,7 +50,7 @@ def completion(name: str, fn: Any, missing: Tensor, value: Tensor) -> Any:
         return _Mixture(name, fn, missing, value)
     if isinstance(fn, GaussianPart):
         return _Gaussian(name, fn, missing, value)
-    if isinstance(fn, AutoregressivePart | Autoregressive):
+    if isinstance(fn, ObservedElements | Autoregressive):
         return _Autoregression(name, fn, missing, value)
     return _Elements(name, fn, missing, value)
 
@@ -200,9 +200,9 @@ class _Autoregression(_Completion):
     def _sample(self, sample_shape: torch.Size) -> Tensor:
         if needs_draws(self.fn) is not None:
             return self.value.expand(sample_shape + self.batch_shape + self.event_shape)
-        whole = self.fn.whole if isinstance(self.fn, AutoregressivePart) else self.fn
-        drawn: Tensor = whole.complete(self.value, ~self.missing, sample_shape)
-        return drawn
+        whole = self.fn.whole if isinstance(self.fn, ObservedElements) else self.fn
+        missing = self.missing.expand(self.batch_shape + self.event_shape)
+        return completed(whole, missing, self.value, sample_shape)
 
     def _mean(self) -> Tensor:
         if needs_draws(self.fn) is not None:

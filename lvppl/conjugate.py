@@ -185,11 +185,18 @@ class ConjugateLatents(Messenger):
 
     The nodes stay where the priors of the first run put them: what one run weighs, a later one
     evaluates at other parameters.
+
+    Args:
+        names: of the latents.
+        kinds: of those, the ones that get nodes.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(
+        self, names: Collection[str], kinds: Collection[str] = ("gamma", "gaussian")
+    ) -> None:
         super().__init__()
         self.names = frozenset(names)
+        self.kinds = kinds
         self.frames: dict[str, Frame] = {}
 
     def __call__(self, program: Any) -> Any:
@@ -197,7 +204,9 @@ class ConjugateLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if name in self.names and not isinstance(msg["fn"], Nodes):
+        if name not in self.names or isinstance(msg["fn"], Nodes):
+            return
+        if conjugate_kind(msg["fn"]) in self.kinds:
             msg["fn"] = Nodes(msg["fn"], self.frames.get(name))
             self.frames.setdefault(name, msg["fn"].frame)
             msg["infer"] = {**msg["infer"], "enumerate": "parallel"}

@@ -17,9 +17,10 @@ from lvppl.elimination import PlatesOverlap, cost, log_sum_product, marginals, s
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
 from lvppl.packed import Reduction, dims_of, log_sum_exp, named, sum_out
-from lvppl.tracing import PARTICLES, Plate, plate_scale, plates_of
+from lvppl.packing import Packing, own_symbol
+from lvppl.tracing import PARTICLES, plate_scale, plates_of
 
-__all__ = ["Enumerated", "num_states", "user_scale"]
+__all__ = ["DRAWS", "Enumerated", "num_states", "user_scale"]
 
 
 class Enumerated:
@@ -37,6 +38,8 @@ class Enumerated:
             averaged, so that plates may be subsampled anywhere.
         temperature: T of the distribution ∝ (Π factors)^(1/T), whose ``log_evidence`` is
             T ln Σ (Π factors)^(1/T) = max over q of E_q ln Π factors + T·H(q).
+        packing: what dimensions are called; one of its own by default.
+        tables: packed log-factors that belong to no site, at the temperature.
     """
 
     def __init__(
@@ -47,18 +50,23 @@ class Enumerated:
         queries: Mapping[str, tuple[Any, Tensor]] | None = None,
         averaged: bool = False,
         temperature: float = 1.0,
+        packing: Packing | None = None,
+        tables: Sequence[Tensor] = (),
     ) -> None:
         self.layout = layout
         self.factors = dict(factors)
         self.temperature = temperature
-        self._symbols: dict[str, str] = {}
+        self._packing = Packing() if packing is None else packing
         packed = [self._pack(site, log_prob) for site, log_prob in self.factors.values()]
         if temperature != 1.0:
             packed = [named(factor / temperature, dims_of(factor)) for factor in packed]
+        self._own = len(packed)
+        packed = [*packed, *tables]
         self._packed = packed
         self.queries = {**self.factors, **(queries or {})}
         self._asked = [self._pack(site, tensor) for site, tensor in self.queries.values()]
-        plates = {self._symbols[name] for name in self._symbols}
+        symbols = self._packing.names
+        plates = set(symbols.values())
         self.eliminate = {s for factor in packed for s in dims_of(factor)} - plates
         if not averaged:
             self._check_subsampled(packed)
@@ -66,11 +74,11 @@ class Enumerated:
         local = set() if averaged else set(layout.subsampled_inside)
         self._outputs = {PARTICLES} | data | local
         self.integrals: dict[str, Reduction] = {
-            _own_symbol(site): site["fn"].integral
+            own_symbol(site): site["fn"].integral
             for site, _ in self.factors.values()
             if isinstance(site["fn"], Nodes)
         }
-        self.plates = {s for name, s in self._symbols.items() if name not in self._outputs}
+        self.plates = {s for name, s in symbols.items() if name not in self._outputs}
 
     # ------------------------------------------------------------------------------ ln Z and E[.]
 
@@ -78,7 +86,7 @@ class Enumerated:
     def scale(self) -> Any:
         """The user's own scale around all enumerated factors, which must share one."""
         scales = [user_scale(site) for site, _ in self.factors.values()]
-        first = scales[0]
+        first = scales[0] if scales else 1.0
         if isinstance(first, Tensor):
             raise ProgramError(
                 "A poutine.scale around enumerated sites must be one number; a tensor of scales "
@@ -96,6 +104,11 @@ class Enumerated:
                     "together with it, so that their sum has no common scale. Put one scale around "
                     "the whole enumerated part of the model."
                 )
+        if len(self._packed) > self._own and not is_one(first):
+            raise ProgramError(
+                "A poutine.scale around enumerated sites would stand inside the integral over the "
+                "Gaussian latents of the program. Leave the scale out."
+            )
         return first
 
     def log_evidence(self, shape: tuple[int, int]) -> Tensor:
@@ -114,7 +127,7 @@ class Enumerated:
         try:
             yield
         except PlatesOverlap as error:
-            names = ", ".join(f"'{n}'" for n, s in self._symbols.items() if s in self.plates)
+            names = ", ".join(f"'{n}'" for n, s in self._packing.names.items() if s in self.plates)
             raise ProgramError(
                 "The enumerated sites cannot be summed out at polynomial cost: among the plates "
                 f"{names} two overlap without one lying inside the other, around sites that depend "
@@ -151,7 +164,7 @@ class Enumerated:
 
     def over_factors(self) -> list[Tensor]:
         """Queries for the posterior of the variables of each factor, as tensors of its shape."""
-        return self._packed
+        return self._packed[: self._own]
 
     def factor_of(self, name: str) -> Tensor:
         """The packed log-factor of a site."""
@@ -163,7 +176,7 @@ class Enumerated:
         One by one: beside a precise factor what another lacks would be lost in rounding.
         """
         site = self.factors[name][0]
-        symbol = _own_symbol(site)
+        symbol = own_symbol(site)
         factors = [factor for factor in self._packed if symbol in dims_of(factor)]
         found = [site["fn"].defect(f.detach(), dims_of(f).index(symbol)) for f in factors]
         return torch.stack(found).amax()
@@ -171,13 +184,13 @@ class Enumerated:
     def over_sites(self, sites: Sequence[Any], num_draws: int | None = None) -> Tensor:
         """A query for the joint posterior of enumerated sites: draws, sites, then their plates."""
         plates = {plate.name: plate for site in sites for plate in plates_of(site)}
-        dims = [_own_symbol(site) for site in sites]
+        dims = [own_symbol(site) for site in sites]
         sizes = [num_states(site) for site in sites]
         for plate in sorted(plates.values(), key=lambda plate: plate.dim):
-            dims.append(self._symbols[plate.name])
+            dims.append(self._packing.names[plate.name])
             sizes.append(plate.size)
         if num_draws is not None:
-            dims, sizes = [_DRAWS, *dims], [num_draws, *sizes]
+            dims, sizes = [DRAWS, *dims], [num_draws, *sizes]
         like = self._packed[0]
         return named(torch.zeros(sizes, dtype=like.dtype, device=like.device), "".join(dims))
 
@@ -215,41 +228,22 @@ class Enumerated:
             for (name, (_, tensor)), marginal in zip(self.queries.items(), found, strict=True)
         }
 
-    # ------------------------------------------------------------------------------------ packing
-
     @property
     def width(self) -> int:
         """Batch dimensions that are plates or particles; enumerated ones lie to their left."""
-        return self.layout.nesting + (PARTICLES in self._symbols)
+        return self.layout.nesting + (PARTICLES in self._packing.names)
 
     def _pack(self, site: Any, tensor: Tensor) -> Tensor:
-        names = {
-            dim: opt_einsum.get_symbol(1 + 2 * id_)  # odd symbols for enumerated dimensions
-            for dim, id_ in site["infer"].get("_dim_to_id", {}).items()
-        }
-        for frame in site["cond_indep_stack"]:
-            if frame.dim is not None:
-                even = opt_einsum.get_symbol(2 * len(self._symbols))
-                names[frame.dim] = self._symbols.setdefault(frame.name, even)
-        dims = [i for i in range(-tensor.dim(), 0) if tensor.shape[i] > 1]
-        unknown = [i for i in dims if i not in names]
-        if unknown:
-            raise ProgramError(
-                f"Site '{site['name']}' has log-probabilities of shape {tuple(tensor.shape)} under "
-                f"enumeration, whose dimension {unknown[0]} belongs to no plate and to no "
-                "enumerated site in scope. Index with pyro.ops.indexing.Vindex, keep leading "
-                "dimensions, and wrap chains in pyro.markov."
-            )
-        return named(tensor.squeeze(), "".join(names[i] for i in dims))
+        return named(*self._packing.pack(site, tensor))
 
     def _per_datum(self, term: Tensor, shape: tuple[int, int]) -> Tensor:
         """A packed term over outputs, scaled and summed to (particles, data)."""
         keep = [PARTICLES, *(plate.name for plate in self.layout.data_plates)]
         sizes = [shape[0], *(plate.size for plate in self.layout.data_plates)]
         for name, ratio in self._subsample_ratios().items():
-            if self._symbols[name] in dims_of(term):
+            if self._packing.names[name] in dims_of(term):
                 term = named(term * ratio, dims_of(term))
-        symbols = [self._symbols.get(name, "") for name in keep]
+        symbols = [self._packing.names.get(name, "") for name in keep]
         term = sum_out(term, set(dims_of(term)) - set(symbols))
         present = [symbol for symbol in symbols if symbol and symbol in dims_of(term)]
         term = term.permute([dims_of(term).index(symbol) for symbol in present])
@@ -261,9 +255,7 @@ class Enumerated:
     # ------------------------------------------------------------------------------------- checks
 
     def _subsample_ratios(self) -> dict[str, float]:
-        plates: dict[str, Plate] = {
-            plate.name: plate for site, _ in self.factors.values() for plate in plates_of(site)
-        }
+        plates = {plate.name: plate for plate in self._packing.plates.values()}
         return {
             name: plates[name].full_size / plates[name].size
             for name in self.layout.subsampled_inside
@@ -273,7 +265,7 @@ class Enumerated:
     def _check_subsampled(self, packed: Sequence[Tensor]) -> None:
         """A plate may be subsampled only if the enumerated variables inside it are all local."""
         for name in self.layout.subsampled_inside:
-            symbol = self._symbols.get(name)
+            symbol = self._packing.names.get(name)
             if symbol is None:
                 continue
             inside = {s for f in packed if symbol in dims_of(f) for s in dims_of(f)}
@@ -286,19 +278,17 @@ class Enumerated:
                 )
 
 
-_DRAWS = opt_einsum.get_symbol(10**5)
+DRAWS = opt_einsum.get_symbol(10**5)
 """The dimension of posterior draws, beyond the symbols of any program."""
-
-
-def _own_symbol(site: Any) -> str:
-    """The symbol of the dimension that a site's values are enumerated along."""
-    infer = site["infer"]
-    id_ = infer["_dim_to_id"][infer["_enumerate_dim"]]
-    return opt_einsum.get_symbol(1 + 2 * id_)
 
 
 def num_states(site: Any) -> int:
     return int(site["fn"].enumerate_support(expand=False).shape[0])
+
+
+def is_one(scale: Any) -> bool:
+    """Whether a scale is the number 1; a tensor of scales is taken not to be."""
+    return not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-9)
 
 
 def user_scale(site: Any) -> Any:

@@ -1,11 +1,13 @@
-r"""ln p(y) and the posterior of programs whose latents are all discrete: exact, by elimination.
+r"""ln p(y) and the posterior of programs with discrete and linear-Gaussian latents, exactly.
 
-.. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad p(z | y) = p(z, y) / p(y)
+.. math:: \ln p(y) = \ln \sum_z \int p(z, x, y) \, dx, \qquad p(z, x | y) = p(z, x, y) / p(y)
 
 Any Pyro program will do: plates, nested plates, ``pyro.markov`` chains, trees, several sites. No
-site needs to be marked for enumeration. Latents that the distribution of an observed site sums out
-by itself (HiddenMarkov, MixtureSameFamily) have a posterior too, and so have continuous latents
-that a fit by :class:`lvppl.EM` integrates exactly.
+site needs to be marked for enumeration. Latents with Normal priors are integrated where every site
+that depends on them is Normal, with a location affine in them (:mod:`lvppl.linear_gaussian`).
+Latents that the distribution of an observed site sums out by itself (HiddenMarkov,
+MixtureSameFamily) have a posterior too, and so have continuous latents that a fit by
+:class:`lvppl.EM` integrates exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
-from lvppl.exact_latents import InnerState, Integrated, State, integrated_of, states_of
+from lvppl.exact_latents import (
+    Gaussian,
+    InnerState,
+    Integrated,
+    State,
+    integrated_of,
+    states_of,
+)
 from lvppl.factor_graph import FactorGraph, graph_of
 from lvppl.missing import with_missing
 from lvppl.packed import Reduction, log_max, log_sum_exp, log_sum_exp_sampled
@@ -29,7 +38,7 @@ from lvppl.tracing import kind_of, plates_of
 __all__ = ["Assignment", "ExactPosterior", "LogEvidence", "Moments", "log_evidence", "posterior"]
 
 Program = Callable[..., Any]
-Latent = State | InnerState | Integrated
+Latent = State | InnerState | Integrated | Gaussian
 
 _DRAW_ELEMENTS = 2**24
 """Elements of the factors times draws of one pass."""
@@ -110,26 +119,29 @@ def log_evidence(
     missing: str | None = None,
     **kwargs: Any,
 ) -> LogEvidence:
-    r"""ln p(y), exactly: every discrete latent summed out by variable elimination.
+    r"""ln p(y), exactly: discrete latents summed out, linear-Gaussian ones integrated.
 
-    .. math:: \ln p(y) = \ln \sum_z p(z, y), \qquad
-              F_T(y) = T \ln \sum_z p(z, y)^{1/T} = \max_q E_q \ln p(z, y) + T\,H(q)
+    .. math:: \ln p(y) = \ln \sum_z \int p(z, x, y) \, dx, \qquad
+              F_T(y) = T \ln \sum_z \int p(z, x, y)^{1/T} dx = \max_q E_q \ln p(z, x, y) + T\,H(q)
 
     Differentiable in the parameters and in the data. The gradient is
     :math:`E_{p(z|y)} \nabla \ln p(z, y)`.
 
     Args:
-        model: a Pyro program whose latents are all discrete with finite support. They are
-            enumerated whether or not they are marked.
+        model: a Pyro program. Latents with finite support are enumerated, marked or not. Latents
+            with Normal priors are integrated if what depends on them is Normal too, with a
+            location that is affine in them: probabilistic PCA, factor analysers, Kalman smoothing,
+            hierarchical and crossed effects; each also given discrete latents (mixtures of factor
+            analysers, switching states of short sequences).
         data, kwargs: its arguments.
         temperature: T > 0. At T → 0 the value tends to max over z of ln p(z, y).
         missing: ``"nan"`` takes NaN in observed sites as missing values, which are summed out
             exactly (:mod:`lvppl.missing`); by default NaN is an error.
 
     Raises:
-        ProgramError: missing values have no exact sum, a latent is continuous or unbounded, a
-            sum is too large (how large), a chain lacks ``pyro.markov``, plates overlap: by site,
-            plate and shape, with the remedy.
+        ProgramError: missing values have no exact sum; a latent is unbounded, or continuous and not
+            linear-Gaussian; a sum is too large (how large); a chain lacks ``pyro.markov``; plates
+            overlap: by site, plate and shape, with the remedy.
 
     Source: Obermeyer, Bingham et al. (2019), "Tensor variable elimination for plated factor
     graphs", ICML.
@@ -146,10 +158,10 @@ def posterior(
     missing: str | None = None,
     **kwargs: Any,
 ) -> ExactPosterior:
-    r"""p(z | y) of every discrete latent, exactly, for these data; which may be new.
+    r"""p(z | y) of every latent, exactly, for these data; which may be new.
 
     Args:
-        model: a Pyro program whose latents are all discrete with finite support. What a
+        model: a Pyro program as for :func:`lvppl.log_evidence`. What a
             HiddenMarkov or MixtureSameFamily sums out by itself is a latent too, under the name
             ``"<site>_states"`` or ``"<site>_component"``; see :class:`ExactPosterior`.
         data, kwargs: its arguments.
@@ -210,7 +222,7 @@ class ExactPosterior:
         self,
         graph: FactorGraph,
         states: Mapping[str, State | InnerState] | None = None,
-        integrated: Mapping[str, Integrated] | None = None,
+        integrated: Mapping[str, Integrated | Gaussian] | None = None,
     ) -> None:
         self._graph = graph
         self._states = states_of(graph) if states is None else states
@@ -242,10 +254,11 @@ class ExactPosterior:
         .. math:: E[u|y] = \sum_z p(z|y)\, E[u|z, y], \qquad
                   Cov[u|y] = \sum_z p(z|y) \big(Cov[u|z, y] + (E[u|z, y] - E[u|y])(...)^⊤\big)
 
-        For a factor analyser these are the factor scores.
+        For a factor analyser these are the factor scores, for a Kalman filter the smoothed states.
 
         Raises:
-            ProgramError: the site is not integrated, or depends on another one that is.
+            ProgramError: the site is not integrated; after EM with latents whose terms alone are
+                Gaussian, it depends on another one.
         """
         if site not in self.integrated:
             self._known(site)
@@ -374,7 +387,13 @@ class ExactPosterior:
     def _drawn(self, count: int) -> dict[str, Tensor]:
         latents = self._latents
         _, answers = self._solved(latents, log_sum_exp_sampled, num_draws=count)
-        return {name: latent.drawn(answers[name], count) for name, latent in latents.items()}
+        drawn: dict[str, Tensor] = {}
+        for name, latent in latents.items():
+            if not isinstance(latent, Gaussian):
+                drawn[name] = latent.drawn(answers[name], count)
+            elif name not in drawn:
+                drawn |= latent.drawn_together(answers[name], count)
+        return drawn
 
     @property
     def _elements(self) -> int:

@@ -4,6 +4,7 @@
 :class:`State`        a discrete site                           summed out by elimination
 :class:`InnerState`   states inside an observed distribution    summed out by that distribution
 :class:`Integrated`   a continuous site with nodes              integrated by elimination
+:class:`Gaussian`     a Gaussian site                           integrated given all states
 ====================  ========================================  ===================================
 
 A *query* is a packed tensor whose answer is the gradient of a contraction over its dimensions
@@ -20,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvppl.enumerated import DRAWS
 from lvppl.errors import ProgramError
 from lvppl.factor_graph import FactorGraph
+from lvppl.linear_gaussian import Group, Variable
 from lvppl.marginalised import Inside, inside_of
 from lvppl.packed import dims_of, named
 from lvppl.tracing import plates_of
 
-__all__ = ["InnerState", "Integrated", "State", "integrated_of", "states_of"]
+__all__ = ["Gaussian", "InnerState", "Integrated", "State", "integrated_of", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class InnerState:
         factor = enumerated.factor_of(name)
         if num_draws is None:
             return factor
-        dims = draws_symbol(self.graph) + dims_of(factor)
+        dims = DRAWS + dims_of(factor)
         return named(factor.expand(num_draws, *factor.shape), dims)
 
     def marginals(self, answer: Tensor | None) -> Tensor:
@@ -149,7 +152,7 @@ class Integrated:
         given = self.graph.given(self.site["name"])
         if given.num_states == 0:
             return None
-        return given.query(num_draws, draws_symbol(self.graph))
+        return given.query(num_draws, DRAWS)
 
     def moments(self, answer: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean (*plates, d) and covariance (*plates, d, d); d is the size of the event."""
@@ -190,11 +193,43 @@ def _weighted(weight: Tensor, values: Tensor) -> Tensor:
     return torch.where(weight != 0, product, torch.zeros_like(product))
 
 
-def draws_symbol(graph: FactorGraph) -> str:
-    """The name of the dimension of draws in a query."""
-    assert graph.enumerated is not None
-    site = next(iter(graph.latents.values()))
-    return dims_of(graph.enumerated.over_sites([site], 1))[0]
+@dataclass(frozen=True)
+class Gaussian:
+    """A continuous site whose law, given the states, is Gaussian, alone and with its group."""
+
+    group: Group
+    variable: Variable
+
+    @property
+    def site(self) -> Any:
+        return self.variable.site
+
+    def query(self, num_draws: int | None = None) -> Tensor | None:
+        return self.group.query(num_draws, DRAWS)
+
+    def moments(self, answer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean (*plates, d) and covariance (*plates, d, d); d is the size of the event."""
+        mean, covariance = self.group.moments(answer)[self.variable.name]
+        size = self.site["fn"].event_shape.numel()
+        return (
+            self.variable.value(mean).reshape(*self._plates, size),
+            self.variable.covariance(covariance).reshape(*self._plates, size, size),
+        )
+
+    def drawn_together(self, answer: Tensor | None, num_draws: int) -> dict[str, Tensor]:
+        """Of every latent of the group, (draws, *plates, *event)."""
+        found = self.group.drawn(answer, num_draws, DRAWS)
+        return {
+            name: Gaussian(self.group, self.group.variables[name])._placed(x)
+            for name, x in found.items()
+        }
+
+    @property
+    def _plates(self) -> list[int]:
+        return [plate.size for plate in plates_of(self.site)]
+
+    def _placed(self, x: Tensor) -> Tensor:
+        return self.variable.value(x).reshape(len(x), *self._plates, *self.site["fn"].event_shape)
 
 
 # ------------------------------------------------------------------------------------ all of them
@@ -213,9 +248,14 @@ def states_of(graph: FactorGraph) -> dict[str, State | InnerState]:
     return found
 
 
-def integrated_of(graph: FactorGraph) -> dict[str, Integrated]:
+def integrated_of(graph: FactorGraph) -> dict[str, Integrated | Gaussian]:
     """Every latent that is integrated, by name."""
-    return {name: Integrated(graph, site) for name, site in graph.integrated.items()}
+    found: dict[str, Integrated | Gaussian] = {
+        name: Integrated(graph, site) for name, site in graph.integrated.items()
+    }
+    for group in graph.groups:
+        found |= {name: Gaussian(group, variable) for name, variable in group.variables.items()}
+    return found
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

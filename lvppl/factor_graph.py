@@ -18,6 +18,7 @@ from lvppl.conjugate import Nodes
 from lvppl.enumerated import Enumerated, num_states
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, layout_of
+from lvppl.linear_gaussian import Group, Placed, groups_of, recognised
 from lvppl.marginalised import has_inner_latents, tracked
 from lvppl.observations import explain_observations, require_own_values, require_plates
 from lvppl.packed import (
@@ -29,6 +30,7 @@ from lvppl.packed import (
     product,
     sum_out,
 )
+from lvppl.packing import Packing, own_symbol
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, is_enumerated, is_masked, kind_of, plates_of
 
@@ -69,7 +71,8 @@ def graph_of(
     options: dict[str, Any] = {"temperature": temperature, "guarded": True, "density": density}
     with explained_run(program, args, kwargs):
         layout = layout_of(program, None, args, kwargs)
-        graph = FactorGraph(program, args, kwargs, layout, **options)
+        placed = Placed(layout.nesting)
+        graph = FactorGraph(program, args, kwargs, layout, placed=placed, **options)
     graph.require_affordable()
     return graph
 
@@ -84,6 +87,7 @@ class FactorGraph:
         temperature: see :class:`~lvppl.enumerated.Enumerated`.
         guarded: stop before the program itself makes a tensor that is too large.
         density: gives what takes the place of a site's log-probabilities, ``None`` for none.
+        placed: integrate Gaussian latents, at values that it gives them.
     """
 
     def __init__(
@@ -96,12 +100,16 @@ class FactorGraph:
         temperature: float = 1.0,
         guarded: bool = False,
         density: Callable[[Any], Tensor | None] | None = None,
+        placed: Placed | None = None,
     ) -> None:
         guard: AbstractContextManager[Any] = (
             NothingLarge(MOST_ELEMENTS) if guarded else nullcontext()
         )
-        with guard:
-            self.run = Replay(program, None, args, kwargs, layout, None, False, False)
+        here = program if placed is None else placed(program)
+        # what depends on a Gaussian latent is found by derivatives
+        grad = nullcontext() if placed is None else torch.enable_grad()
+        with guard, grad:
+            self.run = Replay(here, None, args, kwargs, layout, None, False, False)
         self.sites: dict[str, Any] = dict(self.run.model_sites)
         if guarded:
             for site in self.sites.values():
@@ -110,14 +118,32 @@ class FactorGraph:
                     require_own_values(site)
         if guarded and any(_elements(site) > MOST_ELEMENTS for site in self.sites.values()):
             raise TooLarge
-        _refuse_continuous(self.sites)
+        gaussian = placed.values if placed is not None else {}
+        _refuse_continuous({n: s for n, s in self.sites.items() if n not in gaussian})
         self.temperature = temperature
         for site in self.sites.values():
             replaced = None if density is None else density(site)
             if replaced is not None:
                 self._replace(site, replaced)
         self.latents = {n: s for n, s in self.sites.items() if is_enumerated(s)}
+        self.packing = Packing()
+        self.groups: list[Group] = []
+        if placed is not None and placed.values:
+            around = self._around()
+            found = recognised(
+                self.run, placed, program, args, kwargs, self.packing, around, temperature
+            )
+            self.groups = groups_of(*found, self.packing, around)
         self.enumerated = self._enumerated(temperature)
+
+    def _around(self) -> dict[str, tuple[str, frozenset[str]]]:
+        """By symbol of a discrete latent, its name and the symbols of its plates."""
+        found = {}
+        for name, site in self.latents.items():
+            self.packing.pack(site, self.run.log_prob(site))
+            plates = frozenset(self.packing.symbol(plate) for plate in plates_of(site))
+            found[own_symbol(site)] = name, plates
+        return found
 
     def _replace(self, site: Any, log_prob: Tensor) -> None:
         whole = self.run.full(log_prob, site)
@@ -153,8 +179,13 @@ class FactorGraph:
         the power 0 in a maximum.
         """
         run, power = self.run, temperature if padding is None else padding
-        inside = {n: s for n, s in self.sites.items() if run.log_prob(s).dim() > run.width}
-        if not inside:
+        integrated = self._integrated_sites
+        inside = {
+            n: s
+            for n, s in self.sites.items()
+            if n not in integrated and run.log_prob(s).dim() > run.width
+        }
+        if not inside and not self.groups:
             return None
         factors = {}
         for name, site in inside.items():
@@ -164,7 +195,18 @@ class FactorGraph:
                 padded = power * factor if power else torch.zeros_like(factor)
                 factor = torch.where(factor == kept, factor, padded)
             factors[name] = (site, factor)
-        return Enumerated(factors, run.layout, temperature=temperature)
+        return Enumerated(
+            factors,
+            run.layout,
+            temperature=temperature,
+            packing=self.packing,
+            tables=[group.table for group in self.groups],
+        )
+
+    @property
+    def _integrated_sites(self) -> set[str]:
+        """Names of the sites that are in the tables of Gaussian latents."""
+        return {residual.name for group in self.groups for residual in group.residuals}
 
     def under(self, reduction: Reduction) -> Enumerated:
         """The factors as a reduction takes them."""
@@ -193,7 +235,8 @@ class FactorGraph:
 
     def apart(self) -> Tensor:
         """ln p of the sites that no enumerated latent touches, (1, data)."""
-        inside = self.enumerated.factors if self.enumerated is not None else {}
+        inside = {*(self.enumerated.factors if self.enumerated is not None else ())}
+        inside |= self._integrated_sites
         terms = [self.run._term(site) for name, site in self.sites.items() if name not in inside]
         return self.run._sum(terms)
 

@@ -9,14 +9,12 @@ read. Constraints are not written: they are in the program, which is run once wh
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,6 +23,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from lvppl.atomic import write_atomically
 from lvppl.errors import ProgramError
 from lvppl.inference.em_fit import EMFit, EMHistory, Restart
 from lvppl.inference.fit import Fit, History, moved
@@ -85,10 +84,10 @@ def save(fit: Fit, folder: str | PathLike[str]) -> None:
         content["em"] = _of_em(fit)
         readable |= _readable_of_em(fit)
     arrays: dict[str, Any] = dict(fit.history)
-    _replace(folder / "history.npz", lambda file: np.savez(file, **arrays))
+    write_atomically(folder / "history.npz", lambda file: np.savez(file, **arrays))
     text = json.dumps(readable, indent=2) + "\n"
-    _replace(folder / "fit.json", lambda file: file.write(text.encode()))
-    _replace(folder / "fit.pt", lambda file: torch.save(content, file))
+    write_atomically(folder / "fit.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / "fit.pt", lambda file: torch.save(content, file))
 
 
 def load(
@@ -227,20 +226,6 @@ def _read(path: Path) -> dict[str, Any]:
             "Read it with that version, or fit again."
         )
     return content
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file beside ``path`` and move it there, so that no reader sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _rows(history: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ independent elements             the factors of the missing ones are left out
 MixtureSameFamily                of each component what is left of it
 HiddenMarkov                     steps are left out, or parts of their observations
 (LowRank)MultivariateNormal      the rows and columns of what was observed
-Autoregressive                   see :class:`AutoregressivePart`
+Autoregressive                   see :class:`ObservedElements`
 any other                        an event can be missing as a whole
 ===============================  =====================================================
 
@@ -40,10 +40,11 @@ from lvppl.errors import ProgramError
 from lvppl.tracing import kind_of
 
 __all__ = [
-    "AutoregressivePart",
     "GaussianPart",
     "MissingElements",
+    "ObservedElements",
     "ObservedPart",
+    "completed",
     "needs_draws",
     "observed_part",
 ]
@@ -83,7 +84,7 @@ def observed_part(name: str, fn: Any, missing: Tensor, *, parts: bool = True) ->
     if parts and isinstance(fn, td.MultivariateNormal | td.LowRankMultivariateNormal):
         return GaussianPart(fn, missing)
     if parts and isinstance(fn, Autoregressive):
-        return AutoregressivePart(fn, missing)
+        return ObservedElements(fn, missing)
     raise ProgramError(_coupled(name, fn, parts))
 
 
@@ -195,7 +196,7 @@ class GaussianPart(ObservedPart):
         return result
 
 
-class AutoregressivePart(ObservedPart):
+class ObservedElements(ObservedPart):
     r"""The conditionals of the observed elements, at a completed value.
 
     .. math:: \ln \prod_{i \text{ observed}} p(y_{o(i)} | y_{o(1)}, …, y_{o(i-1)})
@@ -216,15 +217,30 @@ class AutoregressivePart(ObservedPart):
 
 def _of_elements(fn: Autoregressive, value: Tensor, left_out: Tensor) -> Tensor:
     """The sum of the conditionals of the elements that are not left out."""
-    result: Tensor = observed_part("", fn.conditionals(value), left_out).log_prob(value)
-    return result
+    each = fn.element_log_prob(value)
+    return torch.where(left_out, torch.zeros_like(each), each).flatten(-fn.event_dim).sum(-1)
 
 
-def needs_draws(fn: Any) -> AutoregressivePart | None:
+def completed(fn: Autoregressive, missing: Tensor, value: Tensor, sample_shape: Any = ()) -> Tensor:
+    """Missing elements drawn in the order, each given those before it, the others in their places.
+
+    An element's random numbers do not depend on what other data of the batch miss, where they have
+    addresses: draws of those at the start that no datum misses are used up.
+    """
+    start = torch.where(missing, fn.blank, value.to(fn.blank))
+    in_order = missing.flatten(-fn.event_dim)[..., list(fn.order)].reshape(-1, len(fn.order))
+    first = int((~in_order).all(0).long().cumprod(0).sum())
+    given = fn.conditionals(start)
+    for _ in range(first):
+        given.sample()
+    return fn.completed(start, ~missing, fn.order[first:], torch.Size(sample_shape))
+
+
+def needs_draws(fn: Any) -> ObservedElements | None:
     """What of ``fn`` needs completions: an autoregression with a gap before something observed."""
     while isinstance(fn, td.Independent | MaskedDistribution):
         fn = fn.base_dist
-    if not isinstance(fn, AutoregressivePart):
+    if not isinstance(fn, ObservedElements):
         return None
     in_order = fn.missing.flatten(-fn.event_dim)[..., list(fn.whole.order)]
     return fn if bool((in_order[..., :-1] & ~in_order[..., 1:]).any()) else None
@@ -250,20 +266,7 @@ class MissingElements(ObservedPart):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Completions, (\\*sample, \\*batch, \\*event)."""
-        self._pass_over_observed()
-        return self.whole.complete(self.value, ~self.missing, sample_shape)
-
-    def _pass_over_observed(self) -> None:
-        """Use up the random numbers of the elements at the start that no datum misses.
-
-        So those of an element do not depend on what other data of a batch miss, where they have
-        addresses.
-        """
-        in_order = self.missing.flatten(-self.event_dim)[..., list(self.whole.order)]
-        first = int((~in_order).flatten(0, -2).all(0).long().cumprod(0).sum())
-        given = self.whole.conditionals(self.value.expand(self.batch_shape + self.event_shape))
-        for _ in range(first):
-            given.sample()
+        return completed(self.whole, self.missing, self.value, sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The conditionals of the missing elements, sample and batch shape, in nats."""

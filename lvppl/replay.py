@@ -20,7 +20,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from lvppl.enumerated import Enumerated, user_scale
+from lvppl.densities import log_density
+from lvppl.enumerated import Enumerated, is_one, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
@@ -250,12 +251,12 @@ class Replay:
     @staticmethod
     def _log_density(site: Any, fn: Any) -> Tensor:
         try:
-            result: Tensor = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-            return result
+            return log_density(site, fn)
         except KeyError as error:
             raise ProgramError(
                 f"Site '{site['name']}': a transform of its {kind_of(fn)} has no inverse, so that "
-                "its density is known at its own draws only. Use gradient='standard'."
+                "its density is known at its own draws only. Use gradient='standard' of ELBO or "
+                "IWAE."
             ) from error
         except NotImplementedError as error:
             raise ProgramError(
@@ -628,6 +629,10 @@ class Replay:
         """Latents that are drawn from their prior, for want of a guide."""
         return [n for n, s in self.guide_sites.items() if self.model_sites.get(n) is s]
 
+    def noise(self) -> list[str]:
+        """Draws of the guide that are no latent of the model, and add no term."""
+        return [n for n in self._noise if not self.guide_sites[n]["is_observed"]]
+
     def reweighted_draws(self) -> list[str]:
         """Draws whose ln q enters the terms with a scale or a mask of its own."""
         return [
@@ -689,8 +694,3 @@ def _closed_kl(q: Any, p: Any) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
-
-
-def is_one(scale: Any) -> bool:
-    """Whether a scale is the number 1; a tensor of scales is taken not to be."""
-    return not isinstance(scale, Tensor) and math.isclose(scale, 1.0, rel_tol=1e-9)

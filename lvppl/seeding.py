@@ -188,6 +188,10 @@ def seeded(seed: int | None = None, device: torch.device | None = None) -> Itera
 
     :param seed: as in :class:`RandomStream`; None draws a fresh seed.
     """
-    stream = RandomStream(seed, device)
-    with stream:
-        yield stream.seed
+    seed = checked_seed(seed)
+    outside = Generators.read(device)  # read once and written once: passes of a few ms do this
+    try:
+        _seed_globals(seed, device)
+        yield seed
+    finally:
+        outside.write(device)

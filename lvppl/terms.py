@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout, layout_of
+from lvppl.leaves import leaves_of
 from lvppl.matching import has_no_density, no_density
 from lvppl.replay import Replay
 from lvppl.site import Site
@@ -286,6 +287,11 @@ class Terms:
         return self._runs[0].adopted()
 
     @property
+    def noise(self) -> list[str]:
+        """Draws of the guide that are no latent of the model, and add no term."""
+        return self._runs[0].noise()
+
+    @property
     def reweighted_draws(self) -> list[str]:
         """Draws whose ln q enters the terms with a scale or a mask of its own."""
         return self._runs[0].reweighted_draws()
@@ -336,6 +342,18 @@ class Terms:
     def has_point(self) -> list[str]:
         """Guide sites that are points on a continuous space."""
         return self._runs[0].continuous_points()
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's and the guide's leaves of the autograd graph: what each has a gradient for.
+
+        The model's are those of ln p(y, z) at the draws, the guide's those of ln q(z | y) and of
+        the draws. Needs ``cut=True``, so that the draws do not lead from one to the other.
+        """
+        pairs = [pair for run in self._runs for pair in run.cut_pairs]
+        cut = [leaf for _, leaf in pairs]
+        model = leaves_of(self.log_joint_drawn, without=cut)
+        guide = leaves_of(self.log_guide_drawn, *(draw for draw, _ in pairs), without=cut)
+        return [*model.values()], [*guide.values()]
 
     def pathwise(self, value: Tensor) -> Tensor:
         """A 0-dim surrogate whose gradient is that of ``value`` through the guide's draws alone.

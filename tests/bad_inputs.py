@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import lvppl
-from lvppl.distributions import Autoregressive, DiscretizedLogistic, HiddenMarkov, Quantized
+from lvppl.distributions import (
+    Autoregressive,
+    AutoregressivePart,
+    DiscretizedLogistic,
+    HiddenMarkov,
+    Quantized,
+)
 from lvppl.guides import AmortizedFlow, ConvEncoder, PerDatumNormal
 from lvppl.models import (
     VAE,
@@ -98,6 +104,11 @@ def _likelihood(model: Program, guide: Program, *data: Any) -> Any:
 
 def _loss(objective: Any, model: Program, guide: Program, *data: Any) -> Tensor:
     return objective.differentiable_loss(model, guide, *data)
+
+
+def _wake(model: Program, guide: Program, **options: Any) -> Tensor:
+    objective = lvppl.ReweightedWakeSleep(**{"num_particles": 2} | options)
+    return objective.differentiable_loss(model, guide, Y)
 
 
 def _pyro_step(model: Program, guide: Program, *data: Any) -> Any:
@@ -363,6 +374,21 @@ def loopy(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def fifty_bits(y: Tensor) -> None:
+    """No form is known of the observation, so that every state would have to be run."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(torch.full((50,), 0.5)).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1).tanh(), 1.0), obs=y)
+
+
+def without_end(y: Tensor) -> None:
+    """Asks for petabytes."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", normal(y))
+        torch.empty(2**50)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 class Draws(dist.TorchDistribution):
     """A distribution that can be sampled, and has no density."""
 
@@ -449,6 +475,25 @@ def flow_guide(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         base = dist.Normal(y.new_zeros(len(y), 3), 1.0).to_event(1)
         pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+
+def learned_model(y: Tensor) -> None:
+    loc = pyro.param("m", lambda: torch.tensor(0.1))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def nonlinear_model(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", normal(y))
+        pyro.sample("y", dist.Normal(z.sin(), 1.0), obs=y)
+
+
+def two_coins(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", coin(y))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=y)
 
 
 def half_scaled(y: Tensor) -> None:
@@ -593,6 +638,19 @@ def bent_factor(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         u = pyro.sample("u", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(slope * u.tanh(), 1.0), obs=y)
+
+
+def heavy_latent(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        u = pyro.sample("u", dist.Laplace(0.0, 1.0))
+        pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+
+def shared_mean_of_components(y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Normal(mean * torch.tensor([1.0, -1.0])[k], 1.0), obs=y)
 
 
 def without_latent(y: Tensor) -> None:
@@ -1229,6 +1287,49 @@ TOPICS["Objectives"] = [
         "'z' … poutine.scale … Use gradient='standard'",
     ),
     call(
+        '`ReweightedWakeSleep(phase="dream")`',
+        lambda _: lvppl.ReweightedWakeSleep(num_particles=2, phase="dream"),
+        "phase must be 'wake', 'sleep' or 'both' … 'dream'",
+    ),
+    call(
+        "`ReweightedWakeSleep` where model and guide share a parameter",
+        lambda _: _wake(
+            learned_model,
+            guide_of(lambda y: dist.Normal(pyro.param("m", torch.tensor(0.1)) * y, 1.0)),
+        ),
+        "share parameter 'm' … Give each its own … or use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a point guide",
+        lambda _: _wake(MODEL, guide_of(lambda y: dist.Delta(y * pyro.param("loc")))),
+        "'z' is a point … Use HardELBO",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a site enumerated in the guide",
+        lambda _: _wake(two_coins, enumerating_guide),
+        "'k' is enumerated … Take the mark for enumeration off",
+    ),
+    call(
+        "`ReweightedWakeSleep` with a guide under `poutine.scale`",
+        lambda _: _wake(MODEL, half_scaled),
+        "'z' … poutine.scale … use IWAE",
+    ),
+    call(
+        "`ReweightedWakeSleep` of a latent without a guide",
+        lambda _: _wake(MODEL, no_guide, strict=False),
+        "'z' is drawn from its prior … Add it to the guide",
+    ),
+    call(
+        "dreams of a model with a `pyro.factor`",
+        lambda _: _wake(loopy, GUIDE, phase="sleep"),
+        "'coupling' is a pyro.factor … cannot be simulated … phase='wake'",
+    ),
+    call(
+        "dreams of data that are no argument as they are",
+        lambda _: _wake(lambda y: MODEL(y + 0.0), GUIDE, phase="sleep"),
+        "'y' observes no argument as it is … Write obs=y … phase='wake'",
+    ),
+    call(
         '`gradient="stl"` with a flow that has no inverse',
         lambda _: _loss(lvppl.ELBO(gradient="stl"), vector_model, flow_guide, Y),
         "Site 'z' … has no inverse … Use gradient='standard'",
@@ -1518,6 +1619,14 @@ TOPICS["Fits"] = [
     ),
 ]
 
+
+class _Infinite(lvppl.ELBO):
+    """A loss that has overflowed."""
+
+    def per_datum(self, terms: lvppl.Terms) -> Tensor:
+        return math.inf * super().per_datum(terms)
+
+
 TOPICS["Estimates, draws and exports"] = [
     call(
         '`estimator="bridge"`',
@@ -1559,6 +1668,52 @@ TOPICS["Estimates, draws and exports"] = [
         "rows 0 to 1 of 4 … batch_size=4",
     ),
     call(
+        "`log_likelihood` of no data",
+        lambda _: _likelihood(MODEL, GUIDE, torch.zeros(0)),
+        "The data are empty … argument 0 has shape (0,) … at least one row",
+    ),
+    call(
+        "weights that are infinite for one datum",
+        lambda _: _likelihood(
+            model_of(likelihood=lambda z: dist.Beta(0.5 + 0 * z, 1.0)),
+            GUIDE,
+            torch.tensor([0.5, 0.0, 0.25]),
+        ),
+        "Importance weights are infinite for 1 data (1) … cover the support of the prior",
+    ),
+    call(
+        "an exact sum over 2^50 states without structure",
+        lambda _: lvppl.log_likelihood(fifty_bits, Y, estimator="exact"),
+        "1.126e+15 joint states … guide … importance",
+    ),
+    call(
+        "a datum that memory is too small for",
+        lambda _: _likelihood(without_end, GUIDE, Y),
+        "Memory is too small for one datum with one draw … shrink the program",
+    ),
+    call(
+        "`log_likelihood(checkpoint=)` of another seed",
+        lambda folder: [
+            lvppl.log_likelihood(
+                MODEL, Y, guide=GUIDE, num_samples=2, seed=seed, checkpoint=folder / "parts.pt"
+            )
+            for seed in (0, 1)
+        ],
+        "parts.pt is of another estimate: seed = 0, not 1 … another path, or delete the file",
+    ),
+    call(
+        "a folder as a checkpoint",
+        lambda folder: lvppl.log_likelihood(MODEL, Y, guide=GUIDE, checkpoint=folder),
+        "checkpoint must be the path of a file … is a folder",
+    ),
+    call(
+        "a checkpoint of an exact sum",
+        lambda folder: lvppl.log_likelihood(
+            drawn_coin, Y, estimator="exact", checkpoint=folder / "parts.pt"
+        ),
+        'estimator="exact" does not have. Leave it out',
+    ),
+    call(
         "`amortization_gap(num_steps=0)`",
         lambda _: lvppl.amortization_gap(MODEL, GUIDE, Y, num_steps=0),
         "at least one step … num_steps=0",
@@ -1577,6 +1732,87 @@ TOPICS["Estimates, draws and exports"] = [
         "`amortization_gap` of a latent that depends on another",
         lambda _: lvppl.amortization_gap(chained_model, chained_guide, Y),
         "latent 'w' … depend on another latent … .eval()",
+    ),
+    call(
+        "`gaps` of a guide that cannot be searched",
+        lambda _: lvppl.gaps(POSITIVE, guide_of(lambda y: dist.Gamma(y + 1.0, 1.0)), Y),
+        "gaps searches … 'z' is Gamma … SVI",
+    ),
+    call(
+        "`gaps` without a guide",
+        lambda _: lvppl.gaps(MODEL, None, Y),  # type: ignore[arg-type]
+        "guide is None … Give a guide",
+    ),
+    call(
+        "`gaps` of a global latent",
+        lambda _: lvppl.gaps(global_model, global_guide, Y),
+        "gaps needs per-datum terms … 'z' in no plate … pyro.plate",
+    ),
+    call(
+        '`gaps(evidence="guess")`',
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, evidence="guess"),
+        "evidence must be one of … 'importance' … got 'guess'",
+    ),
+    call(
+        "`gaps(num_steps=2)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_steps=2),
+        "num_steps must be a whole number of at least 3 … got 2",
+    ),
+    call(
+        "`gaps(num_repetitions=1)`",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`gaps` with ln p(y) of other data",
+        lambda _: lvppl.gaps(
+            MODEL, GUIDE, Y, log_prob=torch.zeros(3), num_steps=3, num_repetitions=2
+        ),
+        "log_prob must hold ln p(y) of each of 4 data … (3,)",
+    ),
+    call(
+        "`gaps` with ln p(y) of data that are then simulated",
+        lambda _: lvppl.gaps(MODEL, GUIDE, Y, log_prob=torch.zeros(4), simulate=True),
+        "simulate=True replaces them … Leave one out",
+    ),
+    call(
+        "`gaps(simulate=True)` of a model with a `pyro.factor`",
+        lambda _: lvppl.gaps(loopy, GUIDE, Y, simulate=True),
+        "'coupling' is a pyro.factor … cannot be simulated … data that you have",
+    ),
+    call(
+        "the exact gaps of a continuous latent",
+        lambda _: lvppl.gaps(
+            nonlinear_model, GUIDE, Y, evidence="exact", num_steps=3, num_repetitions=2
+        ),
+        "'z' … continuous",
+    ),
+    call(
+        "`audit_gradients` of no objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [], Y),
+        "at least one objective … lvppl.ELBO",
+    ),
+    call(
+        "`audit_gradients(num_repetitions=1)`",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, [lvppl.ELBO()], Y, num_repetitions=1),
+        "num_repetitions must be a whole number of at least 2 … got 1",
+    ),
+    call(
+        "`audit_gradients` of the name of an objective",
+        lambda _: lvppl.audit_gradients(MODEL, GUIDE, {"mine": "ELBO"}, Y),
+        "'mine' is 'ELBO' … no differentiable_loss … lvppl.IWAE(",
+    ),
+    call(
+        "`audit_gradients` of programs without parameters",
+        lambda _: lvppl.audit_gradients(MODEL, parameterless_guide, [lvppl.ELBO()], Y),
+        "Neither model nor guide has a parameter … pyro.param",
+    ),
+    call(
+        "`audit_gradients` where gradients are not finite",
+        lambda _: lvppl.audit_gradients(
+            MODEL, guide_of(), {"infinite": _Infinite()}, Y, num_repetitions=2
+        ),
+        "Under infinite the gradient of parameter 'loc' is not finite … lvppl.check",
     ),
     call(
         "`posterior(num_samples=0)`",
@@ -1875,8 +2111,29 @@ TOPICS["Exact evidence and posteriors"] = [
     ),
     exact(
         "a continuous latent, to be summed",
+        heavy_latent,
+        "Latent 'u' (Laplace) is continuous … Give it a guide … or replace it by a finite grid",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent that a location is not linear in",
         bent_factor,
-        "Latent 'u' (Normal) is continuous … Give it a guide … or replace it by a finite grid",
+        "Site 'y' (Normal) depends on the Gaussian latent 'u', but its location is not an affine "
+        "function … Give the latent a guide",
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent of binary data",
+        BITS,
+        "Latent 'z' is Gaussian, but 'y' (Bernoulli) depends on it … Give it a guide",
+        Y.gt(0.5).float(),
+        by=EVIDENCE,
+    ),
+    exact(
+        "a Gaussian latent that couples the states of all data",
+        shared_mean_of_components,
+        "'mean' and the discrete latent 'k' depend on each other … all their states together … "
+        "Give one of them a guide",
         by=EVIDENCE,
     ),
     exact(
@@ -2359,6 +2616,9 @@ TOPICS["Data sets and files"] = [
     ),
 ]
 
+PIXELS = Autoregressive(lambda y: dist.Bernoulli(logits=0 * y).to_event(1), torch.zeros(4))
+"""An autoregressive distribution over four pixels."""
+
 TOPICS["Distributions"] = [
     call(
         "a value off the grid of `Quantized`",
@@ -2397,6 +2657,35 @@ TOPICS["Distributions"] = [
             torch.tensor([0.5])
         ),
         "the grid of 256 levels from 0 to 1 … index (0,) is 0.5 … round the values",
+    ),
+    call(
+        "missing pixels as a mask of zeros and ones",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.ones(4)),
+        "chosen must be boolean of the event's shape, (4,) … torch.float32",
+    ),
+    call(
+        "missing pixels that differ from image to image, in one part",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.ones(5, 4).bool()),
+        "shape (5, 4) … one mask serves all data … by themselves",
+    ),
+    call(
+        "an image of which nothing is missing, as a latent part",
+        lambda _: AutoregressivePart(PIXELS, torch.zeros(5, 4), torch.zeros(4).bool()),
+        "chosen is false everywhere … leave the site out",
+    ),
+    call(
+        "whole images where the missing pixels alone are a value",
+        lambda _: AutoregressivePart(
+            PIXELS, torch.zeros(5, 4), torch.tensor([True, True, False, False])
+        ).log_prob(torch.zeros(5, 4)),
+        "a vector of 2 … shape (5, 4) … y[..., chosen]",
+    ),
+    call(
+        "single pixels of conditionals that are one joint distribution",
+        lambda _: Autoregressive(
+            lambda y: dist.MultivariateNormal(y, torch.eye(4)), torch.zeros(4)
+        ).element_log_prob(torch.zeros(4)),
+        "single elements are needed … event shape (4,) … .to_event(1)",
     ),
 ]
 

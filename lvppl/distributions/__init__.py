@@ -2,6 +2,8 @@
 
 :class:`Autoregressive`
     a product of conditionals in any order, by one network: ``log_prob`` in one pass.
+:class:`AutoregressivePart`
+    some of its elements, given what comes before each: images with missing pixels.
 :class:`DiscretizedLogistic`
     a likelihood for ordinal data on a finite grid of levels, such as the grey levels of a pixel.
 :class:`Quantized`
@@ -19,6 +21,7 @@ Pyro itself has the beta-binomial (:class:`pyro.distributions.BetaBinomial`).
 """
 
 from lvppl.distributions.autoregressive import Autoregressive
+from lvppl.distributions.autoregressive_part import AutoregressivePart
 from lvppl.distributions.bin_mass import log_bin_mass
 from lvppl.distributions.discretized_logistic import DiscretizedLogistic
 from lvppl.distributions.dithered import Dithered
@@ -31,6 +34,7 @@ from lvppl.distributions.uniform_noise import UniformNoise
 
 __all__ = [
     "Autoregressive",
+    "AutoregressivePart",
     "DiscretizedLogistic",
     "Dithered",
     "FiniteGrid",

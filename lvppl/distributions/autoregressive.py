@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from lvppl.errors import ProgramError
 
@@ -87,16 +87,55 @@ class Autoregressive(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), sample and batch shape, in nats."""
-        self._require_event("value", value)
+        self.require_event("value", value)
         # the network runs on the data as they are: copies along the batch are made of the result
         log_p = self.conditionals(value).log_prob(value)
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def element_log_prob(self, value: Tensor) -> Tensor:
+        """ln p(y_i | what comes before i) of every element, (…, \\*event), in nats.
+
+        :raises ProgramError: for conditionals that do not end in ``.to_event(event_dim)``.
+        """
+        self.require_event("value", value)
+        return self._elements(value).log_prob(value)
+
+    @property
+    def element_constraint(self) -> Any:
+        """The support of one element."""
+        with torch.no_grad():
+            return self._elements(self.blank).support
+
+    @property
+    def element_support(self) -> Tensor:
+        """The values that each element can have, (K,), where they are finite in number.
+
+        :raises NotImplementedError: where they are not.
+        """
+        with torch.no_grad():
+            elements = self._elements(self.blank)
+            values: Tensor = elements.enumerate_support(expand=False).flatten()
+        return values
+
+    def _elements(self, value: Tensor) -> Any:
+        """The conditionals as a batch of elements."""
+        found = self.conditionals(value)
+        while isinstance(found, Independent):
+            found = found.base_dist
+        if len(found.event_shape) or found.batch_shape[-self.event_dim :] != self.event_shape:
+            raise ProgramError(
+                "The conditionals of single elements are needed, but those of this distribution "
+                f"have batch shape {tuple(found.batch_shape)} and event shape "
+                f"{tuple(found.event_shape)} for an array of {tuple(self.event_shape)}: let "
+                f"conditionals(y) return a distribution of elements, .to_event({self.event_dim})."
+            )
+        return found
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, (\\*sample, \\*batch, \\*event)."""
         nothing = torch.zeros(self.event_shape, dtype=torch.bool, device=self.blank.device)
-        return self._complete(self.blank, nothing, self.order, torch.Size(sample_shape))
+        return self.completed(self.blank, nothing, self.order, torch.Size(sample_shape))
 
     @torch.no_grad()
     def conditional_sample(self, value: Tensor, observed: Tensor, sample_shape: Any = ()) -> Tensor:
@@ -113,8 +152,8 @@ class Autoregressive(TorchDistribution):
         :raises ProgramError: an observed element comes after one that was not; shapes that do not
             fit; a mask that is not boolean.
         """
-        self._require_event("value", value)
-        self._require_event("observed", observed)
+        self.require_event("value", value)
+        self.require_event("observed", observed)
         if observed.dtype != torch.bool:
             raise ProgramError(
                 f"observed must be boolean, true where value was observed, but is {observed.dtype}."
@@ -129,31 +168,14 @@ class Autoregressive(TorchDistribution):
                 "it, is not (elements of the flattened event). Use an order that begins with the "
                 "observed elements."
             )
-        return self.complete(value, observed, sample_shape)
-
-    @torch.no_grad()
-    def complete(self, value: Tensor, observed: Tensor, sample_shape: Any = ()) -> Tensor:
-        r"""Draws of the elements that were not observed, in order, each given those before it.
-
-        .. math:: y_m ∼ \prod_{i \text{ missing}} p(y_{o(i)} | y_{o(1)}, …, y_{o(i-1)})
-
-        Whatever was observed later in the order has no influence: this is p(y_m | y_observed) only
-        where the observed elements come first (:meth:`conditional_sample`), and elsewhere a
-        proposal for it, under which the weight of a draw is the product of the conditionals of the
-        observed elements.
-
-        :param value, observed: as in :meth:`conditional_sample`.
-        :returns: (\*sample, \*batch, \*event), with the observed elements in their places.
-        """
-        in_order = observed.reshape(-1, len(self.order))[:, list(self.order)]
-        first = int(in_order.all(0).long().cumprod(0).sum())  # those before are always observed
+        first = int(in_order.sum(-1).min())  # those before it are observed in every datum
         start = torch.where(observed, value.to(self.blank), self.blank)
-        return self._complete(start, observed, self.order[first:], torch.Size(sample_shape))
+        return self.completed(start, observed, self.order[first:], torch.Size(sample_shape))
 
-    def _complete(
+    def completed(
         self, start: Tensor, observed: Tensor, missing: Sequence[int], sample_shape: torch.Size
     ) -> Tensor:
-        """``start`` with its missing elements drawn in order where they were not observed."""
+        """``start`` with its elements ``missing`` drawn in this order, where not observed."""
         y = start.expand(sample_shape + start.shape).clone(memory_format=torch.contiguous_format)
         flat, keep = y.flatten(-self.event_dim), observed.flatten(-self.event_dim)  # flat: a view
         for i in missing:
@@ -161,7 +183,8 @@ class Autoregressive(TorchDistribution):
             flat[..., i] = torch.where(keep[..., i], flat[..., i], drawn)
         return y
 
-    def _require_event(self, name: str, value: Tensor) -> None:
+    def require_event(self, name: str, value: Tensor) -> None:
+        """Refuse a value of another event shape, or whose batch does not go with this one."""
         n = len(self.event_shape)
         if value.shape[-n:] != self.event_shape:
             event = ", ".join(map(str, self.event_shape))

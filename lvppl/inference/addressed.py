@@ -229,6 +229,11 @@ def _fresh(kind: str) -> Callable[..., Tensor | None]:
     return draw
 
 
+def _normal_in_place(noise: _Noise, out: Tensor, mean: float, std: float) -> Tensor:
+    normal = noise.normal(out.shape, out.device)
+    return normal if (mean, std) == (0, 1) else mean + std * normal
+
+
 def _normal(noise: _Noise, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """normal(mean, std) with at least one tensor."""
     tensors = [x for x in args[:2] if isinstance(x, Tensor)]
@@ -277,9 +282,7 @@ def _uniform_between(noise: _Noise, out: Tensor, low: float, high: float) -> Ten
 
 _aten = torch.ops.aten
 _OPERATORS: dict[Any, Callable[..., Tensor | None]] = {
-    _aten.normal_: _in_place(
-        lambda n, out, mean, std: mean + std * n.normal(out.shape, out.device)
-    ),
+    _aten.normal_: _in_place(_normal_in_place),
     _aten.uniform_: _in_place(_uniform_between),
     _aten.exponential_: _in_place(
         lambda n, out, rate: -n.uniform(out.shape, out.device).log() / rate

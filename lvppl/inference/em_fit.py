@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lvppl.inference.posterior import Prior
 
 __all__ = ["EMFit", "EMHistory", "Restart", "StepsOfData"]
+
+T = TypeVar("T")
 
 
 class EMHistory(History):
@@ -132,13 +134,17 @@ class EMFit(Fit):
         """The tracked quantity at the fit's parameters, nats in all."""
         return float(self.history["objective"][-1])
 
-    def _program(self) -> Callable[..., Any]:
-        """The model with its continuous latents as the fit took them."""
+    def _program(self, kinds: Collection[str] = ("gamma", "gaussian")) -> Callable[..., Any]:
+        """The model with its continuous latents as the fit took them.
+
+        Args:
+            kinds: of the latents that are integrated, those that get nodes.
+        """
         shared = self.settings.get("map_latents", ())
         local = self.settings.get("integrated_latents", ())
         missing = self.settings.get("missing")
         model, _ = with_missing(self.model, None, missing, draws=False)
-        return MapLatents(shared)(ConjugateLatents(local)(StepsOfData()(model)))
+        return MapLatents(shared)(ConjugateLatents(local, kinds)(StepsOfData()(model)))
 
     @contextmanager
     def _running(
@@ -169,15 +175,28 @@ class EMFit(Fit):
                 f"the posterior of an EM fit is exact and takes no {' or '.join(sampling)}. Draws "
                 "are fit.posterior(y).sample(num_samples, seed=seed)."
             )
-        with self._running(data, kwargs) as (program, inside):
-            return posterior(program, *inside, temperature=temperature, **kwargs)
+        with self._running(data, kwargs) as (_, inside):
+            ask = partial(posterior, temperature=temperature)
+            return self._exactly(ask, inside, kwargs)
 
     def log_evidence(self, *data: Any, **kwargs: Any) -> LogEvidence:
         """ln p(y) of these data at the fit's parameters; see :func:`lvppl.log_evidence`."""
         from lvppl.evidence import log_evidence
 
-        with self._running(data, kwargs) as (program, inside), torch.no_grad():
-            return log_evidence(program, *inside, **kwargs)
+        with self._running(data, kwargs) as (_, inside), torch.no_grad():
+            return self._exactly(log_evidence, inside, kwargs)
+
+    def _exactly(
+        self, ask: Callable[..., T], data: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> T:
+        """An exact answer: Gaussian latents by algebra where every site is Normal and linear in
+        them, else at nodes, as in the fit."""
+        if self.settings.get("integrated_latents"):
+            try:
+                return ask(self._program(("gamma",)), *data, **kwargs)
+            except ProgramError:
+                pass  # Gaussian by its terms, though not by its sites
+        return ask(self._program(), *data, **kwargs)
 
     @property
     def num_free(self) -> int:

@@ -30,7 +30,8 @@ from lvppl.errors import ProgramError
 from lvppl.inference.addressed import addressed_uniform
 from lvppl.inference.likelihood.checks import check_data, check_options, few
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
-from lvppl.inference.likelihood.job import Job, Plan, Wanted, plan_of, run
+from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import importance, prior
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.posterior import complete
@@ -163,13 +164,17 @@ def impute(
     with torch.no_grad():
         plan = plan_of(job, num_samples, batch_size, sample_chunk)
 
-        def beside(start: int, stop: int) -> _Sums:
-            return _Sums(job, plan, start, stop, num_imputations)
+        parts: dict[int, _Sums] = {}
 
-        sums = run(job, plan, Wanted(num_samples), progress, beside)
+        def beside(start: int, stop: int) -> _Sums:
+            parts[start] = _Sums(job, plan, start, stop, num_imputations)
+            return parts[start]
+
+        sums = run(job, plan, Wanted(num_samples), progress, beside=beside)
     estimate = record_of(job, sums, num_samples, job.notes(plan.layout))
     _warn_of_tails(estimate)
-    return _joined([part.beside for part in sums], estimate)
+    starts = [0, *(part.stop for part in sums[:-1])]
+    return _joined([parts[start] for start in starts], estimate)
 
 
 def _check_imputations(number: Any, num_samples: int) -> None:
@@ -211,7 +216,7 @@ class _Sums:
     """Weighted sums over the draws of some rows; see the module's formulas."""
 
     def __init__(self, job: Job, plan: Plan, start: int, stop: int, num_imputations: int) -> None:
-        self.job, self.plan, self.rows = job, plan, (start, stop)
+        self.job, self.plan, self.start, self.stop = job, plan, start, stop
         self.num_imputations = num_imputations
         self.sites: dict[str, _SiteSums] = {}
         self.log_total: Any = None  # ln Σ w so far, (data,)
@@ -242,13 +247,13 @@ class _Sums:
 
     def _drawn(self, terms: Terms, first_sample: int) -> dict[str, Tensor]:
         """Completed values by site, (particles, *plates, *event)."""
-        job, (start, stop) = self.job, self.rows
+        job, start = self.job, self.start
         seed = derived_seed(job.seed, "imputations")
         draws = job.proposal.draws(seed, self.plan.plate, start, first_sample, job.unaddressed)
         device = job.data[0].device if job.rows is not None else None
         other = derived_seed(seed, f"rows {start}, draws {first_sample}")
         with seeded(other, device), draws:
-            data = job.cut(start, stop)
+            data = job.cut(start, self.stop)
             return complete(terms, job.model, data, job.kwargs, _Completing).predictive
 
     def _chosen(self, log_weight: Tensor, first_sample: int) -> Tensor:
@@ -263,7 +268,7 @@ class _Sums:
             return number.where((number >= 0) & (number < particles), -1).expand(
                 log_weight.shape[1], count
             )
-        shape, first = (*log_weight.shape, count), (first_sample, self.rows[0])
+        shape, first = (*log_weight.shape, count), (first_sample, self.start)
         uniform = addressed_uniform(self.job.seed, "imputed", shape, first, log_weight.device)
         top, which = (log_weight.unsqueeze(-1) - (-uniform.log()).log()).max(0)
         better = top > self.best

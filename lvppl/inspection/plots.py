@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -290,17 +290,7 @@ def likelihood_comparison(
         )
         # Numbers stand in a column of their own, where no mark can run into them.
         text = f"{value:,.2f}" + (f" ± {half:,.2f}" if half else "")
-        ax.annotate(
-            text.replace("-", "−"),
-            xy=(1.0, height),
-            xycoords=ax.get_yaxis_transform(),
-            xytext=(10, 0),
-            textcoords="offset points",
-            ha="left",
-            va="center",
-            fontsize=SMALL,
-            color=INK,
-        )
+        _at_the_right(ax, height, text, INK, gap=10)
     if exact is not None:
         level = float(_array(exact).mean())
         ax.axvline(level, color=INK, linewidth=1.2, linestyle="--", zorder=0)
@@ -329,6 +319,10 @@ def likelihood_convergence(
     ax: Axes | None = None,
     *,
     exact: Any = None,
+    datum: int | None = None,
+    evaluations: Mapping[str, float] | None = None,
+    difference: bool = False,
+    note: bool = True,
 ) -> Axes:
     """Draw estimates of ln p(y) against the number of draws, in nats per datum.
 
@@ -336,51 +330,128 @@ def likelihood_convergence(
     errors either side, 2 sqrt(sum of squared standard errors) / data. ln of an unbiased estimate
     is biased low, so that lines rise to ln p(y).
 
+    Where k-hat flags one of the data, or the draws are too few for a k-hat, neither the value nor
+    its error is to be relied on: markers are hollow there, and the band is hatched.
+
     Args:
-        estimates: name -> record with ``trajectory`` (``num_samples`` (prefixes,), ``log_prob``
-            and ``std_error`` (prefixes, data)), as ``log_likelihood(..., trajectory=True)`` gives.
+        estimates: name -> record with ``trajectory`` (``num_samples`` (prefixes,), ``log_prob``,
+            ``std_error`` and ``flagged`` (prefixes, data)), as
+            ``log_likelihood(..., trajectory=True)`` gives.
         ax: axes to draw in.
         exact: the exact ln p(y) per datum, a number or (data,); drawn as a line.
+        datum: index of the one datum to draw; by default the mean over all.
+        evaluations: name -> evaluations of p(z, y) that one draw takes, such as a chain of
+            annealing takes many; the axis then counts them. A name that is left out takes one.
+        difference: draw estimate − exact, on an axis that is linear within one nat of zero and
+            logarithmic beyond: what is nats away is seen beside what is hundredths away.
+        note: say above the axes what hollow markers mean, where there are any.
 
     Raises:
-        ProgramError: nothing to draw, or an estimate without a trajectory.
+        ProgramError: nothing to draw, an estimate without a trajectory, a datum that is not there,
+            evaluations of an estimate that is not there, a difference without ``exact``.
     """
     if not estimates:
         raise ProgramError("nothing to draw: pass at least one estimate")
+    costs = dict(evaluations or {})
+    if costs.keys() - estimates.keys():
+        raise ProgramError(
+            f"evaluations= names {sorted(costs.keys() - estimates.keys())}, but the estimates are "
+            f"{list(estimates)}"
+        )
+    if difference and exact is None:
+        raise ProgramError("difference=True draws estimates less the exact value: pass exact=")
+    level = None if exact is None else _level(exact, datum)
+    zero = level if difference and level is not None else 0.0
     ax = _axes(ax, (6.4, 3.8))
-    ends = []
+    ends, unsure = [], False
     for i, (name, estimate) in enumerate(estimates.items()):
-        number, mean, half = _trajectory(name, estimate)
-        colour, marker = COLOURS[i % 6], MARKERS[i % len(MARKERS)]
-        known = np.isfinite(mean) & np.isfinite(half)
-        low, high = (mean - half)[known], (mean + half)[known]
-        ax.fill_between(number[known], low, high, color=colour, alpha=0.16, linewidth=0)
-        ax.plot(number, mean, color=colour, marker=marker, markersize=4.5, linewidth=1.6)
-        ends.append((name, float(mean[-1]), colour))
+        path = _trajectory(name, estimate, datum)
+        path = path._replace(number=path.number * costs.get(name, 1), mean=path.mean - zero)
+        unsure = unsure or bool(path.flagged.any())
+        _draw_path(ax, path, COLOURS[i % 6], MARKERS[i % len(MARKERS)])
+        end = float(path.mean[-1])
+        ends.append((f"{name}  {end:{'+' if difference else ''},.2f}", end, COLOURS[i % 6]))
     _log_counts(ax)
-    if exact is not None:
-        level = float(_array(exact).mean())
-        ax.axhline(level, color=INK, linewidth=1.2, linestyle="--", zorder=1)
-        ends.insert(0, ("exact", level, INK))
+    if difference:
+        ax.set_yscale("symlog", linthresh=1.0, linscale=0.6)
+        ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda y, _: f"{y:+,.0f}".replace("-", "−") if y else "0")
+        )
+    if level is not None:
+        ax.axhline(level - zero, color=INK, linewidth=1.2, linestyle="--", zorder=1)
+        ends.insert(0, (f"exact  {level:,.2f}", level - zero, INK))
     _name_ends(ax, ends)
-    _label(ax, "draws per datum", "ln p(y), nats per datum\n(± two standard errors)")
+    if note and unsure:
+        words = "hollow, hatched: flagged by k-hat, neither value nor error can be relied on"
+        ax.set_title(words, fontsize=SMALL, color=INK, loc="left")
+    counted = "draws" if evaluations is None else "evaluations of p(z, y)"
+    what = "estimate − exact" if difference else "ln p(y)"
+    per = f"{what}, nats per datum" if datum is None else f"{what}, nats"
+    _label(ax, f"{counted} per datum", f"{per}\n(± two standard errors)")
     return ax
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def _trajectory(name: str, estimate: Any) -> tuple[Array, Array, Array]:
-    """Numbers of draws, the mean over data there, and two standard errors of it."""
+class _Path(NamedTuple):
+    """Numbers of draws; ln p(y) there, two standard errors of it, and whether it is flagged."""
+
+    number: Array
+    mean: Array
+    half: Array
+    flagged: Array
+
+
+def _draw_path(ax: Axes, path: _Path, colour: str, marker: str) -> None:
+    """A line with its band; hollow and hatched where flagged."""
+    number, mean, half, flagged = path
+    known, band = np.isfinite(mean) & np.isfinite(half), (mean - half, mean + half)
+    whole = known & ~flagged
+    ax.fill_between(number, *band, where=whole, color=colour, alpha=0.22, linewidth=0)
+    ax.plot(number, mean, color=colour, linewidth=1.6)
+    ax.plot(number[~flagged], mean[~flagged], marker, color=colour, markersize=4.5)
+    if not flagged.any():
+        return
+    # a piece of the band that begins or ends at a flagged point belongs to it
+    beside = flagged | np.append(flagged[1:], False) | np.insert(flagged[:-1], 0, False)
+    edge = to_rgba(colour, 0.45)
+    ax.fill_between(
+        number,
+        *band,
+        where=known & beside,
+        facecolor="none",
+        edgecolor=edge,
+        hatch="////",
+        linewidth=0,
+    )
+    ax.plot(
+        number[flagged],
+        mean[flagged],
+        marker,
+        color=colour,
+        markerfacecolor="white",
+        markersize=4.5,
+    )
+
+
+def _trajectory(name: str, estimate: Any, datum: int | None) -> _Path:
+    """Of the mean over the data, or of one."""
     path = getattr(estimate, "trajectory", None)
     if path is None:
         raise ProgramError(
             f"'{name}' holds the estimate from all its draws only: use "
             "log_likelihood(..., trajectory=True) to keep it from 2, 4, 8 ... draws as well"
         )
-    log_prob, error = _array(path.log_prob), _array(path.std_error)
+    log_prob, error, flagged = (_array(x) for x in (path.log_prob, path.std_error, path.flagged))
+    if datum is not None:
+        if not 0 <= datum < log_prob.shape[-1]:
+            raise ProgramError(
+                f"datum must be an index from 0 to {log_prob.shape[-1] - 1}, but is {datum!r}"
+            )
+        log_prob, error, flagged = (x[:, datum : datum + 1] for x in (log_prob, error, flagged))
     half = 2 * np.sqrt((error**2).sum(-1)) / log_prob.shape[-1]
-    return _array(path.num_samples), log_prob.mean(-1), half
+    return _Path(_array(path.num_samples), log_prob.mean(-1), half, np.asarray(flagged.any(-1)))
 
 
 def _log_counts(ax: Axes) -> None:
@@ -394,35 +465,50 @@ def _log_counts(ax: Axes) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def _level(exact: Any, datum: int | None) -> float:
+    """The exact value of the mean over data, or of one."""
+    levels = _array(exact)
+    return float(levels.mean() if datum is None or levels.ndim == 0 else levels[datum])
+
+
 def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     """Names at the right of the axes, at the height where each line ends, none on another."""
-    low, high = ax.get_ylim()
-    gap = 0.065 * (high - low)
-    heights = [min(max(value, low), high) for _, value, _ in ends]
+    left = ax.get_xlim()[0]
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = [
+        float(np.clip(to_axes.transform((left, value))[1], 0.0, 1.0)) for _, value, _ in ends
+    ]
     for _ in range(200):  # neighbours push each other apart
         order = np.argsort(heights, kind="stable")
         moved = False
         for below, above in itertools.pairwise(order):
-            overlap = gap - (heights[above] - heights[below])
-            if overlap > 1e-9 * gap:
+            overlap = 0.065 - (heights[above] - heights[below])
+            if overlap > 1e-9:
                 heights[below] -= overlap / 2
                 heights[above] += overlap / 2
                 moved = True
         if not moved:
             break
-    for (name, value, colour), height in zip(ends, heights, strict=True):
-        ax.annotate(
-            f"{name}  {value:,.2f}".replace("-", "−"),
-            xy=(1.0, height),
-            xycoords=ax.get_yaxis_transform(),
-            xytext=(8, 0),
-            textcoords="offset points",
-            ha="left",
-            va="center",
-            fontsize=SMALL,
-            color=colour,
-            annotation_clip=False,
-        )
+    for (name, _, colour), height in zip(ends, heights, strict=True):
+        _at_the_right(ax, height, name, colour, gap=8, of_axes=True)
+
+
+def _at_the_right(
+    ax: Axes, height: float, text: str, colour: str, *, gap: float, of_axes: bool = False
+) -> None:
+    """Text beside the axes, ``gap`` points from them, at a height of the data or of the axes."""
+    ax.annotate(
+        text.replace("-", "−"),
+        xy=(1.0, height),
+        xycoords="axes fraction" if of_axes else ax.get_yaxis_transform(),
+        xytext=(gap, 0),
+        textcoords="offset points",
+        ha="left",
+        va="center",
+        fontsize=SMALL,
+        color=colour,
+        annotation_clip=False,
+    )
 
 
 def _array(values: Any) -> Array:

@@ -6,6 +6,7 @@ from lvppl.objectives.elbo import ELBO
 from lvppl.objectives.hard_elbo import HardELBO, HardReport
 from lvppl.objectives.iwae import IWAE, IWAEReport
 from lvppl.objectives.rate_distortion import RateDistortion, RateDistortionReport
+from lvppl.objectives.reweighted_wake_sleep import ReweightedWakeSleep
 from lvppl.objectives.schedules import CyclicSchedule, LinearSchedule, Schedule
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RateDistortion",
     "RateDistortionReport",
     "Report",
+    "ReweightedWakeSleep",
     "Schedule",
     "absolute_error",
     "hamming",

@@ -93,6 +93,9 @@ class Objective(PyroLoss):
     cut = False
     """Whether the guide's draws are held as leaves (gradients through the draws alone)."""
 
+    score_function = True
+    """Whether draws that are not reparameterised get a score function. Its baseline needs two."""
+
     def __init__(
         self,
         *,
@@ -128,6 +131,23 @@ class Objective(PyroLoss):
         """A 0-dim tensor with the gradients of the loss, where they are not those of its value."""
         return None
 
+    def outcome(self, terms: Terms, prob: Tensor) -> Tensor:
+        """What particles that come up with probability ``prob`` add to the expected loss, (data,).
+
+        Summed over all that can be drawn it has the gradient that the loss's own is an unbiased
+        estimate of: ``prob``, (data,), moves with the guide, and the draws do not.
+        """
+        return prob * self.per_datum(terms)
+
+    @property
+    def outcome_particles(self) -> int | None:
+        """Particles of one outcome: 1 is enough where the loss is a mean over them.
+
+        Their order does not count. ``None`` where outcomes do not sum to the expected loss, as when
+        data are mixed in it.
+        """
+        return self.num_particles
+
     def describe(self, terms: Terms) -> Report:
         """The report of these terms."""
         return self.standard_report(terms, form="kl")
@@ -144,15 +164,16 @@ class Objective(PyroLoss):
         layout = layout_of(
             model, guide, args, kwargs, data_plate=self.data_plate, strict=self.strict
         )
-        if particles == 1 and needs_baseline(layout):
-            particles = 2
+        alone = particles == 1 and self.score_function
+        if alone and needs_baseline(layout):
+            particles, alone = 2, False
         options: Any = {
             "data_plate": self.data_plate,
             "strict": self.strict,
             "cut": self.cut and torch.is_grad_enabled(),
         }
         terms = trace_terms(model, guide, args, kwargs, num_particles=particles, **options)
-        if particles == 1 and needs_baseline(terms.layout):  # the structure changed in this run
+        if alone and needs_baseline(terms.layout):  # the structure changed in this run
             terms = trace_terms(model, guide, args, kwargs, num_particles=2, **options)
         return terms
 
@@ -245,6 +266,27 @@ def expected(terms: Terms, values: Tensor) -> Tensor:
     signal = (values - leave_one_out_mean(values)).detach()
     score = log_score * signal
     return (values + score - score.detach()).mean(0)
+
+
+def log_mean_exp(log_weight: Tensor) -> Tensor:
+    """ln of the mean weight; −∞, with gradient 0, where all weights are zero."""
+    impossible = (log_weight == -math.inf).all(0)
+    total = torch.logsumexp(log_weight.masked_fill(impossible, 0.0), 0)
+    return (total - math.log(log_weight.shape[0])).masked_fill(impossible, -math.inf)
+
+
+def require_plain_weights(terms: Terms, name: str, remedy: str) -> None:
+    """Refuse a power or a mask of q, which leave the weights no ratio of densities.
+
+    Raises:
+        ProgramError: a draw of the guide has a scale or a mask of its own.
+    """
+    sites = terms.reweighted_draws
+    if sites:
+        raise ProgramError(
+            f"{name} needs ln q of every draw in the weight as it is, but '{sites[0]}' "
+            f"has a poutine.scale or a mask of its own. {remedy}"
+        )
 
 
 def require_reparameterised(terms: Terms, name: str) -> None:

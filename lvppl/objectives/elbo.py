@@ -76,5 +76,9 @@ class ELBO(Objective):
         through_draws = terms.pathwise(terms.log_weight.mean(0).sum())
         return -terms.scale * (log_joint.mean(0).sum() + through_draws)
 
+    @property
+    def outcome_particles(self) -> int:
+        return 1
+
     def describe(self, terms: Terms) -> Report:
         return self.standard_report(terms, form="sampled" if self.gradient == "stl" else self.form)

@@ -37,6 +37,10 @@ class HardELBO(Objective):
     def per_datum(self, terms: Terms) -> Tensor:
         return expected(terms, -(terms.log_likelihood + terms.log_prior))
 
+    @property
+    def outcome_particles(self) -> int:
+        return 1
+
     def describe(self, terms: Terms) -> HardReport:
         report = self.standard_report(terms, form="entropy")
         notes = report.notes

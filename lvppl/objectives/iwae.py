@@ -16,6 +16,8 @@ from lvppl.objectives.base import (
     Report,
     expected,
     leave_one_out_mean,
+    log_mean_exp,
+    require_plain_weights,
     require_reparameterised,
 )
 from lvppl.terms import Terms
@@ -83,11 +85,12 @@ class IWAE(Objective):
         terms.require_whole("IWAE")
         if self.gradient == "dreg":
             require_reparameterised(terms, "dreg")
-            _require_plain_weights(terms)
+            # the squared weights come from E_q ∂ln q = 0, which a power or a mask of q breaks
+            require_plain_weights(terms, "gradient='dreg'", "Use gradient='standard'.")
         log_weight = terms.log_weight
         if self.num_particles == 1:  # L_1 is linear in the particles: average what was drawn
             return expected(terms, -log_weight)
-        bound = _log_mean_exp(log_weight)
+        bound = log_mean_exp(log_weight)
         log_score = terms.log_score if torch.is_grad_enabled() else None
         if log_score is not None:
             score = (log_score * _vimco_signal(log_weight.detach())).sum(0)
@@ -108,23 +111,6 @@ class IWAE(Objective):
         return IWAEReport(**{**vars(report), "bound": bound})
 
 
-def _require_plain_weights(terms: Terms) -> None:
-    """The squared weights come from E_q ∂ln q = 0, which a power or a mask of q breaks."""
-    sites = terms.reweighted_draws
-    if sites:
-        raise ProgramError(
-            f"gradient='dreg' needs ln q of every draw in the weight as it is, but '{sites[0]}' "
-            "has a poutine.scale or a mask of its own. Use gradient='standard'."
-        )
-
-
-def _log_mean_exp(log_weight: Tensor) -> Tensor:
-    """ln of the mean weight; −∞, with gradient 0, where all weights are zero."""
-    impossible = (log_weight == -math.inf).all(0)
-    total = torch.logsumexp(log_weight.masked_fill(impossible, 0.0), 0)
-    return (total - math.log(log_weight.shape[0])).masked_fill(impossible, -math.inf)
-
-
 def _vimco_signal(log_weight: Tensor) -> Tensor:
     """L minus the same bound with each particle's weight replaced by the others' geometric mean.
 
@@ -137,6 +123,6 @@ def _vimco_signal(log_weight: Tensor) -> Tensor:
     others = torch.logaddexp(before, after)
     replaced = torch.logaddexp(others, leave_one_out_mean(log_weight))
     baseline = replaced - math.log(log_weight.shape[0])
-    bound = _log_mean_exp(log_weight)
+    bound = log_mean_exp(log_weight)
     signal = bound - baseline.masked_fill(baseline == -math.inf, 0.0)
     return signal.masked_fill(bound == -math.inf, 0.0)

@@ -127,6 +127,10 @@ class RateDistortion(Objective):
         free = means.clamp(min=self.free_nats).sum()
         return rest + free.expand(terms.num_data)
 
+    @property
+    def outcome_particles(self) -> int | None:
+        return None if self.free_nats else 1  # which are free on average over the batch
+
     # ----------------------------------------------------------------------- λ driven to a target
 
     def _current_weight(self, like: Tensor) -> Tensor | float:

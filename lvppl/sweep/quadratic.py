@@ -25,6 +25,7 @@ from torch import Tensor
 __all__ = ["Quadratic", "all_bits", "bits_from", "probes", "quadratic_of"]
 
 _BLOCK = 2**22  # numbers of a block: (values of b) x (values of a)
+_TABLE = 20  # most bits of the table, unless half of them are more
 _CHECKS = 64  # random states at which a quadratic must hold
 _SAFE = 1e-200  # of sums of terms of at most one: far above what underflow loses, 2^n 1e-308
 
@@ -52,6 +53,11 @@ class Quadratic:
         z = bits.to(self.linear)
         pairs = torch.einsum("si,dij,sj->sd", z, self.pairs, z)
         return self.constant + z @ self.linear.t() + pairs
+
+    def split(self) -> list[Quadratic]:
+        """One for each datum, each of data dimension 1."""
+        parts = zip(self.constant, self.linear, self.pairs, strict=True)
+        return [Quadratic(c[None], h[None], q[None]) for c, h, q in parts]
 
     def over(self, first: Tensor, second: Tensor) -> Tensor:
         """f of all (a, b), (data, A, B): a the first bits of a state, b the rest."""
@@ -92,7 +98,7 @@ def _values(bits: Tensor, linear: Tensor, pairs: Tensor) -> Tensor:
 def _log_sum(linear: Tensor, pairs: Tensor) -> Tensor:
     """ln sum over z of exp(linear z + z pairs z), 0-dim."""
     n = len(linear)
-    inner = min(n, max(n // 2, 15))
+    inner = max(n // 2, min(2 * n // 3, _TABLE))  # fewest exponentials beside the products
     first = n - inner  # bits of a
     at_c = first + inner // 2
     a, b, c = slice(0, first), slice(first, at_c), slice(at_c, n)

@@ -19,11 +19,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from lvppl.enumerated import user_scale
+from lvppl.enumerated import is_one, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
-from lvppl.replay import is_one
-from lvppl.tracing import is_masked, kind_of, plates_of
+from lvppl.tracing import is_masked, kind_of, plates_of, subsampled_plates
 
 __all__ = ["FiniteLatent", "SetStates", "StateSpace", "state_space"]
 
@@ -102,12 +101,13 @@ def state_space(sites: Sequence[Any], layout: Layout) -> StateSpace:
         ProgramError: a latent is continuous or has no finite support, or is masked or scaled, by
             site; a plate inside the data is subsampled.
     """
-    if layout.subsampled_inside:
+    data = {plate.name for plate in layout.data_plates}
+    inside = sorted(subsampled_plates(sites) - data)
+    if inside:
         raise ProgramError(
-            f"Plate '{layout.subsampled_inside[0]}' is subsampled inside each datum, so that its "
+            f"Plate '{inside[0]}' is subsampled inside each datum, so that its "
             "scale would stand inside the sum over states. Run the program on full plates."
         )
-    data = {plate.name for plate in layout.data_plates}
     return StateSpace(
         [
             _finite(site, data)
@@ -118,11 +118,13 @@ def state_space(sites: Sequence[Any], layout: Layout) -> StateSpace:
 
 
 def _finite(site: Any, data: set[str]) -> FiniteLatent:
-    outer, base, to_event = list(site["fn"].batch_shape), site["fn"], 0
+    fn = site["fn"]
+    outer, base, to_event = list(fn.batch_shape), fn, 0
     while isinstance(base, (Independent, ExpandedDistribution, MaskedDistribution)):
         to_event += getattr(base, "reinterpreted_batch_ndims", 0)
         base = base.base_dist
-    if not getattr(base, "has_enumerate_support", False):
+    support = _elementwise(base)
+    if support is None and not getattr(base, "has_enumerate_support", False):
         raise ProgramError(
             f"Latent '{site['name']}' ({kind_of(base)}) has no finite support, so that its states "
             "cannot be swept. Give it a guide and use estimator='importance'."
@@ -136,10 +138,22 @@ def _finite(site: Any, data: set[str]) -> FiniteLatent:
     for plate in plates_of(site):
         if plate.name in data:
             outer[plate.dim] = 1
-    events = site["fn"].event_shape[:to_event]
+    if support is not None:
+        return FiniteLatent(site["name"], support, (*outer, *fn.event_shape), len(fn.event_shape))
+    events = fn.event_shape[:to_event]
     support = base.enumerate_support(expand=False)
     support = support.reshape(len(support), *base.event_shape)
     return FiniteLatent(site["name"], support, (*outer, *events), to_event)
+
+
+def _elementwise(base: Any) -> Tensor | None:
+    """The values of one element where a distribution says that each element has these, such as
+    :class:`lvppl.distributions.Autoregressive`; ``None`` elsewhere."""
+    try:
+        found: Tensor | None = getattr(base, "element_support", None)
+    except NotImplementedError:  # says so, but its elements have infinitely many
+        return None
+    return found
 
 
 class SetStates(Messenger):

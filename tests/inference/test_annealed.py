@@ -508,6 +508,22 @@ def test_numbers_do_not_depend_on_chunks():
     torch.testing.assert_close(whole.std_error, parts.std_error)
 
 
+def test_a_prefix_is_the_estimate_from_as_many_chains():
+    y, options = numbers(0.3, -1.0), {"estimator": "ais", "annealing": SHORT, "seed": 3}
+    for chunk in (None, 5):
+        found = log_likelihood(
+            mixed, y, num_samples=40, trajectory=True, sample_chunk=chunk, **options
+        )
+        path = found.trajectory
+        assert path.num_samples.tolist() == [2, 4, 8, 16, 32, 40]
+        for i, number in enumerate(path.num_samples.tolist()):
+            alone = log_likelihood(mixed, y, num_samples=number, **options)
+            for name in ("log_prob", "std_error", "khat"):
+                torch.testing.assert_close(
+                    getattr(path, name)[i], getattr(alone, name), rtol=1e-8, atol=1e-10
+                )
+
+
 def test_generators_and_parameters_stay_as_they_are():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     log_likelihood(mixed, numbers(0.0), estimator="ais", num_samples=2, annealing=SHORT, seed=1)

@@ -10,9 +10,12 @@ import scipy.stats
 import torch
 
 from lvppl.errors import ProgramError
+from lvppl.guides import AmortizedBernoulliLayers
 from lvppl.inference.addressed import AddressedDraws, _mix, _mix_int, _Noise, _signed
 from lvppl.inference.likelihood import job, log_likelihood
 from lvppl.inference.psis import psis
+from lvppl.inference.svi import SVI
+from lvppl.models import SigmoidBeliefNet
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -305,6 +308,18 @@ def global_model(y):
     mu = pyro.sample("mu", dist.Normal(torch.zeros(()).to(y), 2.0))
     with pyro.plate("data", y.shape[0]):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("estimator", ["importance", "prior", "exact"])
+def test_as_many_rows_as_the_minibatches_of_a_fit(estimator):
+    """What a fit learnt of a minibatch, which is part of more data, is not held against them."""
+    y = torch.arange(12.0).double()[:, None].remainder(2)
+    model = SigmoidBeliefNet(latent_dims=(3,), y_shape=(1,)).double()
+    guide = AmortizedBernoulliLayers(latent_dims=(3,), y_shape=(1,)).double()
+    SVI(model, guide).fit(y, num_epochs=1, batch_size=4, seed=0, progress=False)
+    options = {"estimator": estimator, "num_samples": 20, "seed": 0}
+    four, five = (log_likelihood(model, y[:n], guide=guide, **options) for n in (4, 5))
+    torch.testing.assert_close(four.log_prob, five.log_prob[:4], rtol=1e-12, atol=0)
 
 
 def test_global_latents_make_the_data_one_datum():

@@ -171,6 +171,7 @@ def test_a_prefix_is_the_estimate_from_as_many_draws():
         alone = prior(lognormal(), data(6), num_samples=number, seed=3)
         torch.testing.assert_close(path.log_prob[i], alone.log_prob, rtol=0, atol=1e-12)
         torch.testing.assert_close(path.std_error[i], alone.std_error, rtol=0, atol=1e-12)
+        torch.testing.assert_close(path.khat[i], alone.khat, rtol=0, atol=1e-10)
     plain = prior(lognormal(), data(6), num_samples=100, seed=3)
     torch.testing.assert_close(plain.log_prob, found.log_prob, rtol=0, atol=1e-12)
     assert plain.trajectory is None

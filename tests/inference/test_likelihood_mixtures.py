@@ -161,6 +161,17 @@ def test_chunks_change_nothing():
             torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
+def test_a_prefix_is_the_estimate_from_as_many_draws():
+    options = {"seed": 4, "defensive": 0.3}
+    path = estimate(model, guide_of(1.5), num_samples=200, trajectory=True, **options).trajectory
+    for i, number in enumerate(path.num_samples.tolist()):
+        if number >= 4:  # two draws of each part
+            alone = estimate(model, guide_of(1.5), num_samples=number, **options)
+            torch.testing.assert_close(path.log_prob[i], alone.log_prob)
+            torch.testing.assert_close(path.khat[i], alone.khat)
+    assert bool((path.khat[:2] == math.inf).all())  # too few for a fit
+
+
 def test_looped_particles_give_the_same_numbers():
     def stubborn(y):
         with pyro.plate("data", len(y)):
@@ -324,7 +335,7 @@ BAD = {
     "one replicate": ({"bootstrap": 1}, "at least 2"),
     "half a replicate": ({"bootstrap": 2.5}, "at least 2"),
     "exact": ({"bootstrap": 10, "estimator": "exact"}, "does not have"),
-    "chains": ({"trajectory": True, "estimator": "ais"}, "are not kept"),
+    "chains": ({"bootstrap": 10, "estimator": "ais"}, "is not kept"),
 }
 
 

@@ -28,7 +28,7 @@ from lvppl.guides import AmortizedNormal
 from lvppl.inference import sample_posterior
 from lvppl.missing import MissingValues, filler, with_missing
 from lvppl.models import MADE, VAE, FactorAnalysis, GaussianMixture, StudentTLikelihood
-from lvppl.observed_part import observed_part
+from lvppl.observed_part import completed, observed_part
 from lvppl.terms import trace_terms
 
 D = 4
@@ -529,6 +529,32 @@ def exact_guide(model: FactorAnalysis, spread: float = 1.0) -> Callable[[Tensor,
 
 def with_mask(model: FactorAnalysis) -> Callable[[Tensor, Tensor], Any]:
     return lambda y, seen: model(y)
+
+
+def test_gaussian_latents_are_integrated_given_what_was_observed():
+    """ln p(y_o), its gradient and p(z | y_o), by the algebra of Gaussians."""
+    model = analyser()
+    params = list(model.parameters())
+    found = lvppl.log_evidence(model, Y, missing="nan").per_datum
+    wanted = evidence(model, Y)
+    close(found, wanted, 1e-9)
+    close(lvppl.log_likelihood(model, Y, estimator="exact", missing="nan").log_prob, wanted, 1e-9)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), params) for t in (found, wanted)), strict=True):
+        close(a, b, 1e-8)
+    moments = lvppl.posterior(model, Y, missing="nan").moments("z")
+    fn = poutine.trace(exact_guide(model)).get_trace(Y, ~Y.isnan()).nodes["z"]["fn"]
+    close(moments.mean, fn.mean, 1e-9)
+    close(moments.covariance, fn.covariance_matrix, 1e-9)
+
+
+def test_a_checkpoint_of_incomplete_data(tmp_path: Any):
+    model = analyser()
+    options: dict[str, Any] = {"estimator": "prior", "num_samples": 30, "missing": "nan"}
+    options["checkpoint"] = tmp_path / "likelihood.pt"
+    first = lvppl.log_likelihood(model, Y, seed=3, **options)
+    assert torch.equal(lvppl.log_likelihood(model, Y, **options).log_prob, first.log_prob)
+    with pytest.raises(lvppl.ProgramError, match="checkpoint"):
+        lvppl.log_likelihood(model, with_holes(Y, seed=77), **options)
 
 
 def test_miwae_is_exact_under_the_exact_posterior():
@@ -1095,9 +1121,9 @@ def test_a_network_never_sees_a_nan():
 
 
 def test_autoregressive_completions_refuse_nothing_silently():
-    """``complete`` keeps what was observed, and starts after what every datum observed."""
+    """Completions keep what was observed, and are values of the distribution."""
     fn: Autoregressive = made().distribution()
     y = GAPS[[1, 2]]
-    drawn = fn.expand([2]).complete(y.nan_to_num(7.0), ~y.isnan(), (50,))
+    drawn = completed(fn.expand([2]), y.isnan(), y.nan_to_num(7.0), (50,))
     assert torch.equal(drawn[:, ~y.isnan()], y[~y.isnan()].expand(50, -1))
     assert set(drawn[:, y.isnan()].unique().tolist()) <= {0.0, 1.0}

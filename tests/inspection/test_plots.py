@@ -53,7 +53,10 @@ def path(mean: float, error: float, most: int = 12) -> Any:
     number = 2 ** torch.arange(1, most, dtype=torch.int64)
     size = number.double()[:, None].expand(-1, 9)
     trajectory = types.SimpleNamespace(
-        num_samples=number, log_prob=mean - 3 / size, std_error=error * size**-0.5
+        num_samples=number,
+        log_prob=mean - 3 / size,
+        std_error=error * size**-0.5,
+        flagged=(size < 20) & (torch.arange(9) == 4),
     )
     return types.SimpleNamespace(trajectory=trajectory)
 
@@ -77,6 +80,10 @@ DRAWINGS: dict[str, Callable[..., Axes]] = {
         ESTIMATES, ax, elbo=-33.0, exact=-30.9
     ),
     "likelihood_convergence": lambda ax=None: likelihood_convergence(PATHS, ax, exact=-2.0),
+    "one datum": lambda ax=None: likelihood_convergence(
+        PATHS, ax, exact=torch.arange(9.0) - 6, datum=4, evaluations={"prior": 100}
+    ),
+    "difference": lambda ax=None: likelihood_convergence(PATHS, ax, exact=-2.0, difference=True),
     "few draws": lambda ax=None: likelihood_convergence({"guide": path(-3.0, 2.0, 4)}, ax),
 }
 
@@ -272,21 +279,57 @@ def test_likelihoods_and_their_errors() -> None:
 def test_convergence_draws_means_bands_and_the_exact_value() -> None:
     ax = likelihood_convergence(PATHS, exact=torch.tensor([-1.0, -3.0]))
     curves = [line for line in ax.lines if len(line.get_xdata()) == 11]
-    assert len(curves) == 3 and len(ax.collections) == 3
+    assert len(curves) == 3 and len(ax.collections) == 6  # a band and its hatched part
     assert curves[0].get_xdata().tolist() == [2**k for k in range(1, 12)]
     assert curves[0].get_ydata()[-1] == pytest.approx(-3.0 - 3 / 2**11)
-    # two standard errors of a mean of nine data, after two draws
-    band = ax.collections[0].get_paths()[0].vertices
+    # two standard errors of a mean of nine data, after two draws, where one is flagged
+    band = ax.collections[1].get_paths()[0].vertices
     at_two = band[band[:, 0] == 2.0][:, 1]
     assert at_two.max() - at_two.min() == pytest.approx(4 * 2.0 / math.sqrt(2) / 3)
     names = [text.get_text() for text in ax.texts]
     assert names == ["exact  −2.00", "guide  −3.00", "guide and prior  −2.00", "prior  −2.00"]
     assert any(np.allclose(line.get_ydata(), -2.0) for line in ax.lines)  # the exact value
     heights = sorted(text.xy[1] for text in ax.texts)
-    low, high = ax.get_ylim()
-    assert min(np.diff(heights)) > 0.05 * (high - low)
+    assert min(np.diff(heights)) > 0.05  # of the axes
     ticks = [label.get_text() for label in ax.get_xticklabels()]
     assert "1,000" in ticks
+
+
+def test_convergence_is_hollow_and_hatched_where_flagged() -> None:
+    """One of nine data is flagged up to 16 draws."""
+    ax = likelihood_convergence({"guide": PATHS["guide"]})
+    _, filled, hollow = ax.lines[:3]
+    assert hollow.get_xdata().tolist() == [2, 4, 8, 16] and len(filled.get_xdata()) == 7
+    assert hollow.get_markerfacecolor() == "white" != filled.get_markerfacecolor()
+    plain, hatched = (one.get_paths()[0].vertices[:, 0] for one in ax.collections)
+    assert (plain.min(), plain.max(), hatched.min(), hatched.max()) == (32, 2048, 2, 32)
+    assert ax.collections[1].get_hatch() and "flagged" in ax.get_title("left")
+    of_another = likelihood_convergence({"guide": PATHS["guide"]}, datum=3)
+    assert of_another.get_title("left") == "" and len(of_another.collections) == 1
+
+
+def test_convergence_of_one_datum_by_evaluations() -> None:
+    ax = likelihood_convergence(
+        PATHS, exact=torch.arange(9.0) - 6, datum=4, evaluations={"prior": 100}
+    )
+    assert [line.get_xdata()[0] for line in ax.lines[::3][:3]] == [2, 2, 200]
+    assert any(np.allclose(line.get_ydata(), -2.0) for line in ax.lines)  # the exact value
+    assert "evaluations" in ax.get_xlabel() and "per datum" not in ax.get_ylabel()
+    band = ax.collections[0].get_paths()[0].vertices  # two standard errors of one datum
+    at_end = band[band[:, 0] == 2048.0][:, 1]
+    assert at_end.max() - at_end.min() == pytest.approx(4 * 2.0 / math.sqrt(2048))
+    less = likelihood_convergence(PATHS, exact=-2.0, datum=4, difference=True)
+    assert less.lines[0].get_ydata()[-1] == pytest.approx(-1.0 - 3 / 2**11)
+    names = [text.get_text() for text in less.texts]
+    assert names == ["exact  −2.00", "guide  −1.00", "guide and prior  −0.00", "prior  −0.00"]
+    assert less.get_yscale() == "symlog" and "estimate − exact" in less.get_ylabel()
+    for wrong, message in (
+        ({"datum": 9}, "from 0 to 8"),
+        ({"evaluations": {"x": 2}}, "names"),
+        ({"difference": True}, "exact="),
+    ):
+        with pytest.raises(ProgramError, match=message):
+            likelihood_convergence(PATHS, **wrong)  # type: ignore[arg-type]
 
 
 def test_convergence_needs_trajectories() -> None:

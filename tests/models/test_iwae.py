@@ -6,13 +6,17 @@ from itertools import pairwise
 import pyro
 import pytest
 import torch
-from pyro import poutine
 from torch import nn
 from torch.nn.functional import logsigmoid
 
 import lvppl
 from lvppl.guides import AmortizedGaussianLayers
 from lvppl.models import GaussianLayers
+from tests.models.pairs import (
+    fit_moves_every_parameter,
+    keeps_dtype_and_device,
+    particles_equal_a_loop,
+)
 
 ONE = {"latent_dims": (50,), "hidden_dims": (200,)}
 TWO = {"latent_dims": (100, 50), "hidden_dims": (200, 100)}
@@ -139,48 +143,18 @@ def test_bounds_by_hand(options):
 
 @pytest.mark.parametrize("options", SMALL)
 def test_a_fit_moves_every_parameter(options):
-    model, guide, y = make(options)
-    programs = (*model.named_parameters(), *guide.named_parameters())
-    before = [(name, p.detach().clone()) for name, p in programs]
-    lvppl.SVI(model, guide, objective=lvppl.IWAE(num_particles=3)).fit(y, num_epochs=2)
-    after = (*model.parameters(), *guide.parameters())
-    for (name, old), new in zip(before, after, strict=True):
-        assert not torch.equal(old, new), name
+    fit_moves_every_parameter(*make(options))
 
 
 @pytest.mark.parametrize("options", SMALL)
 def test_particles_equal_a_loop_over_them(options):
-    model, guide, y = make(options)
-    with pyro.plate("particles", 3, dim=-2):
-        drawn = poutine.trace(guide).get_trace(y)
-        together = poutine.trace(poutine.replay(model, drawn)).get_trace(y)
-    for trace, program in ((drawn, guide), (together, model)):
-        trace.compute_log_prob()
-        for i in range(3):
-            values = {site: drawn.nodes[site]["value"][i] for site in model.sites}
-            alone = poutine.trace(poutine.condition(program, values)).get_trace(y)
-            alone.compute_log_prob()
-            for site in [*model.sites, "y"][: len(model.sites) + (program is model)]:
-                want, got = (t.nodes[site]["log_prob"] for t in (alone, trace))
-                torch.testing.assert_close(got[i], want, rtol=1e-12, atol=1e-12)
+    particles_equal_a_loop(*make(options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", SMALL)
 def test_dtype_device_and_draws(options, dtype):
-    model, guide, y = make(options, dtype)
-    drawn = poutine.trace(poutine.uncondition(model)).get_trace(y)
-    drawn.compute_log_prob()
-    assert drawn.nodes["y"]["value"].shape == y.shape
-    pyro.clear_param_store()
-    model.to("meta"), guide.to("meta")
-    with pyro.validation_enabled(False):
-        for program in (model, guide):
-            trace = poutine.trace(program).get_trace(y.to("meta"))
-            trace.compute_log_prob()
-            for site in model.sites:
-                assert trace.nodes[site]["log_prob"].device.type == "meta"
-                assert trace.nodes[site]["log_prob"].dtype == dtype
+    keeps_dtype_and_device(*make(options, dtype))
 
 
 def test_names_and_refusals():

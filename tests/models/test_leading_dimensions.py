@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 
 from lvppl.models import (
+    MADE,
     VAE,
     BernoulliMixture,
     BetaBinomialLikelihood,
@@ -16,12 +17,15 @@ from lvppl.models import (
     DenseDecoder,
     DiscretizedLogisticLikelihood,
     FactorAnalysis,
+    GaussianLayers,
     GaussianLikelihood,
     GaussianMixture,
     HierarchicalNormal,
     NormalNormal,
+    PixelCNN,
     PoissonMixture,
     ProbabilisticPCA,
+    SigmoidBeliefNet,
     StudentTLikelihood,
     StudentTMixture,
     shallow_gaussian,
@@ -61,6 +65,18 @@ PROGRAMS = {
         (4,),
     ),
     "vae_conv": (vae(x_shape=(1, 8, 8), decoder=CONV), (1, 8, 8)),
+    "gaussian_layers_1": (
+        lambda: GaussianLayers(latent_dims=(3,), hidden_dims=(5,), y_shape=(4,)),
+        (4,),
+    ),
+    "gaussian_layers_2": (
+        lambda: GaussianLayers(latent_dims=(4, 2), hidden_dims=(5, 3), y_shape=(2, 3)),
+        (2, 3),
+    ),
+    "belief_net_1": (lambda: SigmoidBeliefNet(latent_dims=(3,), y_shape=(4,)), (4,)),
+    "belief_net_2": (lambda: SigmoidBeliefNet(latent_dims=(3, 2), y_shape=(2, 3)), (2, 3)),
+    "made": (lambda: MADE(y_shape=(2, 3), hidden_dims=(7,)), (2, 3)),
+    "pixel_cnn": (lambda: PixelCNN(y_shape=(4, 4), channels=3, num_layers=2), (4, 4)),
     "shallow_gaussian": (lambda: shallow_gaussian, (4,)),
 }
 

@@ -16,6 +16,11 @@ from lvppl.models import SigmoidBeliefNet
 from lvppl.sweep import swept_evidence
 from lvppl.sweep.bernoulli import BernoulliSum
 from lvppl.sweep.joint import Joint
+from tests.models.pairs import (
+    fit_moves_every_parameter,
+    keeps_dtype_and_device,
+    particles_equal_a_loop,
+)
 
 LAYERS = [(5,), (3, 2), (2, 3, 2)]
 
@@ -130,50 +135,18 @@ def test_the_elbo_and_its_gradients(latent_dims):
 
 @pytest.mark.parametrize("latent_dims", LAYERS)
 def test_a_fit_moves_every_parameter(latent_dims):
-    model, guide = make(latent_dims)
-    y = bits(4)[:6]
-    programs = (*model.named_parameters(), *guide.named_parameters())
-    before = [(name, p.detach().clone()) for name, p in programs]
-    lvppl.SVI(model, guide, objective=lvppl.IWAE(num_particles=3)).fit(y, num_epochs=2)
-    after = (*model.parameters(), *guide.parameters())
-    for (name, old), new in zip(before, after, strict=True):
-        assert not torch.equal(old, new), name
+    fit_moves_every_parameter(*make(latent_dims), bits(4)[:6])
 
 
 @pytest.mark.parametrize("latent_dims", LAYERS)
 def test_particles_equal_a_loop_over_them(latent_dims):
-    model, guide = make(latent_dims, (2, 2))
-    y = bits(4)[:6].unflatten(-1, (2, 2))
-    with pyro.plate("particles", 3, dim=-2):
-        drawn = poutine.trace(guide).get_trace(y)
-        together = poutine.trace(poutine.replay(model, drawn)).get_trace(y)
-    for trace, program in ((drawn, guide), (together, model)):
-        trace.compute_log_prob()
-        for i in range(3):
-            values = {site: drawn.nodes[site]["value"][i] for site in model.sites}
-            alone = poutine.trace(poutine.condition(program, values)).get_trace(y)
-            alone.compute_log_prob()
-            for site in [*model.sites, "y"][: len(model.sites) + (program is model)]:
-                want, got = (t.nodes[site]["log_prob"] for t in (alone, trace))
-                torch.testing.assert_close(got[i], want, rtol=1e-12, atol=1e-12)
+    particles_equal_a_loop(*make(latent_dims, (2, 2)), bits(4)[:6].unflatten(-1, (2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_device_and_draws(dtype):
-    model, guide = make((3, 2), (2, 2), dtype)
     y = bits(4)[:5].unflatten(-1, (2, 2)).to(dtype)
-    drawn = poutine.trace(poutine.uncondition(model)).get_trace(y)
-    drawn.compute_log_prob()
-    assert drawn.nodes["y"]["value"].shape == y.shape
-    pyro.clear_param_store()
-    model.to("meta"), guide.to("meta")
-    with pyro.validation_enabled(False):
-        for program in (model, guide):
-            trace = poutine.trace(program).get_trace(y.to("meta"))
-            trace.compute_log_prob()
-            for site in model.sites:
-                assert trace.nodes[site]["log_prob"].device.type == "meta"
-                assert trace.nodes[site]["log_prob"].dtype == dtype
+    keeps_dtype_and_device(*make((3, 2), (2, 2), dtype), y)
 
 
 def test_names_and_refusals():

@@ -7,9 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import lvppl.sweep.bernoulli
 from lvppl.errors import ProgramError
 from lvppl.sweep import swept_evidence
+from lvppl.sweep.bernoulli import BernoulliSum, _Softplus
 from lvppl.sweep.quadratic import Quadratic, all_bits
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def program(kind: str, n: int, dim: int):
@@ -56,6 +60,37 @@ def test_quadratics_of_any_size(n, size):
     f = Quadratic(torch.randn(2, dtype=torch.float64), linear, pairs)
     want = f(all_bits(n, linear)).logsumexp(0)
     torch.testing.assert_close(f.log_sum_exp(), want, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("num_visibles", [1, 6, 784])
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0, 300.0, 3000.0])
+def test_softplus_sums_of_any_size(n, num_visibles, size):
+    """Products of many factors, whose logits reach from -1e4 to 1e4, neither over- nor underflow:
+    each state's sum, and the sum over states."""
+    base = size * torch.randn(num_visibles, dtype=torch.float64)
+    slope = size * torch.randn(n, num_visibles, dtype=torch.float64)
+    z = all_bits(n, base)
+    softplus = torch.nn.functional.softplus(base + z @ slope, threshold=100.0).sum(-1)
+    linear = (slope * torch.rand(2, 1, num_visibles, dtype=torch.float64)).sum(-1)
+    pairs = torch.randn(2, n, n, dtype=torch.float64).triu(1)
+    f = Quadratic(torch.randn(2, dtype=torch.float64), linear, pairs)
+    want = (f(z) - softplus[:, None]).logsumexp(0)
+    torch.testing.assert_close(BernoulliSum(f, base, slope).log_sum_exp(), want, **CLOSE)
+    bits_b = all_bits(n // 2, base)
+    found = _Softplus(base, slope, bits_b)(all_bits(n - n // 2, base))
+    torch.testing.assert_close(found.flatten(), softplus, **CLOSE)
+
+
+def test_blocks_of_states_make_no_difference(monkeypatch):
+    model, brute = program("bernoulli", 13, 7)
+    y = torch.randint(2, (3, 7)).double()
+    for inner, block in ((2, 2**4), (4, 2**9), (12, 2**24)):
+        monkeypatch.setitem(lvppl.sweep.bernoulli._INNER, "cpu", inner)
+        monkeypatch.setitem(lvppl.sweep.bernoulli._BLOCK, "cpu", block)
+        found = swept_evidence(model, (y,), {})
+        assert found.form == "bernoulli"
+        torch.testing.assert_close(found.log_prob, brute(y), **CLOSE)
 
 
 def test_states_of_several_sites():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from lvppl.inference.minibatch import num_rows
 __all__ = [
     "ESTIMATORS",
     "check_annealing",
+    "check_checkpoint",
     "check_data",
     "check_extras",
     "check_options",
@@ -83,17 +86,33 @@ def check_extras(
         )
 
 
-def check_annealing(
-    estimator: str, annealing: Any, bootstrap: int | None, trajectory: bool
-) -> None:
+def check_annealing(estimator: str, annealing: Any, bootstrap: int | None) -> None:
     """Refuse options of annealing elsewhere, and options that annealed chains do not have."""
-    if estimator == "ais" and (bootstrap is not None or trajectory):
+    if estimator == "ais" and bootstrap is not None:
         raise ProgramError(
-            'bootstrap= and trajectory= are not kept for estimator="ais", whose chains are few. '
-            "Leave them out, or take another estimator."
+            'bootstrap= is not kept for estimator="ais", whose chains are few. Leave it out, or '
+            "take another estimator."
         )
     if annealing is not None and estimator != "ais":
         raise ProgramError(f'annealing is of estimator="ais", but estimator is {estimator!r}.')
+
+
+def check_checkpoint(estimator: str, checkpoint: Any) -> None:
+    """Refuse a checkpoint that is no path of a file, or of an estimate that has no draws."""
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, str | PathLike):
+        raise ProgramError(f"checkpoint must be the path of a file, got {checkpoint!r}.")
+    if Path(checkpoint).is_dir():
+        raise ProgramError(
+            f"checkpoint must be the path of a file, but {str(checkpoint)!r} is a folder. Add a "
+            'name, such as "likelihood.pt".'
+        )
+    if estimator == "exact":
+        raise ProgramError(
+            'checkpoint= keeps the data whose draws are done, which estimator="exact" does not '
+            "have. Leave it out."
+        )
 
 
 def check_data(data: tuple[Any, ...], missing: str | None = None) -> int | None:

@@ -144,13 +144,19 @@ class LikelihoodEstimate:
         return compared(self, other)
 
     def plot(
-        self, ax: Axes | None = None, *, exact: Any = None, **others: LikelihoodEstimate
+        self,
+        ax: Axes | None = None,
+        *,
+        exact: Any = None,
+        datum: int | None = None,
+        **others: LikelihoodEstimate,
     ) -> Axes:
         """Draw the estimate against the number of draws, beside ``others`` by name.
 
         Args:
             ax: axes to draw in; a new figure by default.
             exact: ln p(y) per datum, a number or (data,), drawn as a line.
+            datum: of one datum, by its index; by default the mean over all.
             **others: estimates of the same data with ``trajectory=True``.
 
         Raises:
@@ -159,7 +165,7 @@ class LikelihoodEstimate:
         from lvppl.inspection.plots import likelihood_convergence
 
         name = self.estimator + (", defensive" if self.defensive else "")
-        return likelihood_convergence({name: self, **others}, ax, exact=exact)
+        return likelihood_convergence({name: self, **others}, ax, exact=exact, datum=datum)
 
     @property
     def bits_per_dim(self) -> float:

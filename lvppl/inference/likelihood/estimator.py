@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 from lvppl.inference.likelihood.annealed import Annealing
 from lvppl.inference.likelihood.annealed.estimate import annealed_estimate
+from lvppl.inference.likelihood.checkpoint import Checkpoint, seed_of
 from lvppl.inference.likelihood.checks import (
     check_annealing,
+    check_checkpoint,
     check_data,
     check_extras,
     check_options,
 )
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.exact import exact_sum, finite_states
-from lvppl.inference.likelihood.job import Job, Wanted, plan_of, run
+from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import Proposal, defended, importance, prior, uniform
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
@@ -60,6 +64,7 @@ def log_likelihood(
     annealing: Annealing | None = None,
     missing: str | None = None,
     progress: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> LikelihoodEstimate:
     r"""Estimate ln p(y) of each datum: :math:`\ln \frac1S \sum_s p(y, z_s) / r(z_s)`, z_s ~ r.
@@ -84,9 +89,11 @@ def log_likelihood(
             ``"ais"`` where one is given.
         estimator: ``"importance"``: r is the guide; ``"prior"``: r is p(z); ``"uniform"``: r is
             uniform on a finite support; ``"naive"``: uniform where the support is finite, else the
-            prior, and the record says which; ``"exact"``: the sum itself, by variable elimination
-            or over every state; ``"ais"``: annealed importance sampling, by chains that move from
-            the guide, or else the prior, to the posterior.
+            prior, and the record says which; ``"exact"``: the value itself, discrete latents summed
+            and linear-Gaussian ones integrated by elimination, else by a sum over every state, or
+            by quadrature where a datum has one or two continuous latents; ``"ais"``: annealed
+            importance sampling, by chains that move from the guide, or else the prior, to the
+            posterior.
         num_samples: S, draws per datum; of ``"ais"`` chains, of which a few dozen do.
         batch_size: most rows in one pass of the programs; chosen for memory and speed by default.
         sample_chunk: most draws per datum in one pass.
@@ -108,6 +115,9 @@ def log_likelihood(
             (:mod:`lvppl.missing`). Elements of an Autoregressive site that are missing before
             observed ones in its order are drawn by the model, one completion for each draw.
         progress: show a bar.
+        checkpoint: a file in which finished data are kept, every few seconds and whatever ends the
+            call; a second call with it goes on there, and one after the end reads it all. A file of
+            another seed, option, program or data is refused; without ``seed`` its own is taken.
         **kwargs: passed to the programs whole.
 
     Returns:
@@ -119,7 +129,7 @@ def log_likelihood(
             ``pyro.factor``), a site without a density, a program that subsamples, ``batch_size``
             below the number of rows where the data cannot be cut, a weight that is NaN or plus
             infinity (by datum), a guide that ``defensive`` cannot evaluate at draws from the prior,
-            memory too small for one datum.
+            memory too small for one datum, a ``checkpoint`` of another estimate.
 
     Warns:
         UserWarning: for ``"importance"``, which data have k-hat above min(1 - 1 / log10 S, 0.7).
@@ -130,22 +140,37 @@ def log_likelihood(
     Technometrics 37 (defensive mixtures).
     """
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
-    check_annealing(estimator, annealing, bootstrap, trajectory)
+    check_annealing(estimator, annealing, bootstrap)
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
     model, guide = with_missing(model, guide, missing)
     rows = check_data(data, missing)
+    check_checkpoint(estimator, checkpoint)
+    if seed is None and checkpoint is not None:
+        seed = seed_of(checkpoint)
     seed = checked_seed(seed)
     proposal = _proposal(estimator, model, guide, data, kwargs, data_plate, defensive)
     job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
+    known = {
+        "seed": seed,
+        "estimator": estimator,
+        "num_samples": num_samples,
+        "data_plate": data_plate,
+        "defensive": defensive,
+        "bootstrap": bootstrap,
+        "trajectory": trajectory,
+        "missing": missing,
+    }
     with torch.no_grad():
+        wanted = Wanted(num_samples, bootstrap, trajectory)
         if proposal is None:
             found = _exactly(job, batch_size, progress)
         elif estimator == "ais":
             chunks = batch_size, sample_chunk
-            found = annealed_estimate(job, num_samples, *chunks, annealing, progress)
+            found = annealed_estimate(job, wanted, *chunks, annealing, progress, checkpoint, known)
         else:
-            wanted = Wanted(num_samples, bootstrap, trajectory)
-            found = _sampled(job, wanted, batch_size, sample_chunk, progress)
+            plan = plan_of(job, num_samples, batch_size, sample_chunk)
+            keep = None if checkpoint is None else Checkpoint(checkpoint, job, plan, known)
+            found = _sampled(job, plan, wanted, progress, keep)
     if bin_width is not None and found.num_continuous == 0:
         raise ProgramError(
             "bin_width turns densities into probabilities, but every observed site is discrete and "
@@ -188,10 +213,9 @@ def _proposal(
 
 
 def _sampled(
-    job: Job, wanted: Wanted, batch_size: int | None, sample_chunk: int | None, progress: bool
+    job: Job, plan: Plan, wanted: Wanted, progress: bool, keep: Checkpoint | None
 ) -> LikelihoodEstimate:
-    plan = plan_of(job, wanted.num_samples, batch_size, sample_chunk)
-    sums = run(job, plan, wanted, progress)
+    sums = run(job, plan, wanted, progress, keep)
     return record_of(
         job,
         sums,

@@ -1,4 +1,4 @@
-"""ln p(y) by exact sums: by structure where the program has it, else over every state."""
+"""ln p(y) exactly: by structure where a program has it, else over all states or by quadrature."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvppl.errors import ProgramError
 from lvppl.evidence import log_evidence
+from lvppl.inference.likelihood.quadrature import Unsettled, integrated
 from lvppl.layout import layout_of
 from lvppl.sweep import StateSpace, swept_evidence
 from lvppl.sweep.joint import states_of
@@ -39,11 +40,11 @@ def exact_sum(
     data_plate: Any = None,
     progress: bool = False,
 ) -> ExactSum:
-    """Variable elimination, or a sweep where its tables would be too large.
+    """Variable elimination, or a sweep where its tables would be too large, or quadrature.
 
     Raises:
-        ProgramError: a latent is continuous and has no conjugate form, or there are too many
-            states (how many).
+        ProgramError: a datum has more than two continuous latents that are not linear-Gaussian,
+            or there are too many states (how many).
     """
     try:
         per_datum = log_evidence(model, *data, **kwargs).per_datum.double()
@@ -52,9 +53,32 @@ def exact_sum(
     except ProgramError as error:
         structural = error
     if finite_states(model, data, kwargs, data_plate) is None:
-        raise structural
+        return _by_quadrature(structural, model, data, kwargs, data_plate)
     swept = swept_evidence(model, data, kwargs, data_plate=data_plate, progress=progress)
     return ExactSum(swept.log_prob, f"{swept.num_states:,} states; {_WORDS[swept.form]}")
+
+
+def _by_quadrature(
+    structural: ProgramError,
+    model: Callable[..., Any],
+    data: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    data_plate: Any,
+) -> ExactSum:
+    """Where each datum has one or two continuous latents; else what has no structure is said."""
+    try:
+        found = integrated(model, data, kwargs, data_plate=data_plate)
+    except Unsettled:
+        raise
+    except ProgramError as error:
+        raise structural from error
+    if found is None:
+        raise structural
+    return ExactSum(
+        found.log_prob,
+        f"by quadrature, {found.num_points:,} points a datum; the last doubling of the points "
+        f"moved it by {found.error:.1g} of itself at most",
+    )
 
 
 def finite_states(

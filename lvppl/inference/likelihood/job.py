@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lvppl.checks import check
 from lvppl.errors import ProgramError
-from lvppl.inference.likelihood.checks import check_weights
-from lvppl.inference.likelihood.memory import PassSize, attempt, names_memory, ran_out, too_small
+from lvppl.inference.likelihood.memory import attempt, names_memory, ran_out, too_small
 from lvppl.inference.likelihood.proposals import Proposal, SetTo, check_mixture
-from lvppl.inference.likelihood.resampling import Resamples
-from lvppl.inference.likelihood.sizes import observed_sizes
-from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.inference.minibatch import gather
+from lvppl.layers import FastLayers
 from lvppl.layout import Layout, layout_of
 from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
 
-__all__ = ["Beside", "Job", "Plan", "Wanted", "plan_of", "run"]
+__all__ = ["Job", "Plan", "plan_of"]
 
 Program = Callable[..., Any]
 
 _PROBED = 2**24  # data elements that may go through the program at once to learn its plates
-_BUDGET = {"cpu": 2**20}  # elements of observed and latent values in one pass: fits the cache
+_BUDGET = {"cpu": 3 * 2**19}  # elements of observed and latent values in one pass: fits the cache
 _BUDGET_ACCELERATOR = 2**26
 _ENOUGH = 20  # draws of a part: then a variance is known to about a third
 _FEW = 256  # samples worth taking together: a guide's encoder runs once for all of them
@@ -87,7 +83,7 @@ class Job:
         try:
             with seeded(other, device), draws:
                 values = self._prior_draws(start, stop, particles) if stratum.from_prior else {}
-                with SetTo(values):
+                with SetTo(values), FastLayers():
                     terms = self._terms(start, stop, particles)
                 terms.log_weight  # noqa: B018  evaluated here, where it may fail
         except (ValueError, RuntimeError, IndexError) as error:
@@ -178,7 +174,7 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
     elements = max(1, sum(site["value"].numel() for site in sites))
     budget = _BUDGET.get(terms.log_weight.device.type, _BUDGET_ACCELERATOR)
     together = min(num_samples, sample_chunk or _FEW)
-    batch = min(most, batch_size or max(1, budget * probed // (elements * together)))
+    batch = min(most, batch_size or _evenly(rows, budget * probed // (elements * together)))
     plate = layout.data_plates[0].name if len(layout.data_plates) == 1 else None
     if not obstacle and batch not in (rows, probed):
         try:
@@ -189,9 +185,16 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
         if probed < rows or (batch_size is not None and job.rows is None):
             raise ProgramError(f"The data cannot be cut into {probed} rows at a time: {obstacle}")
         batch = rows
-    chunk = min(num_samples, sample_chunk or max(1, budget * probed // (elements * batch)))
+    chunk = sample_chunk or _evenly(num_samples, budget * probed // (elements * batch))
+    chunk = min(num_samples, chunk)
     chunk = 1 if layout.loop_reason else chunk
     return Plan(layout, plate, batch, chunk, obstacle)
+
+
+def _evenly(number: int, most: int) -> int:
+    """The size of a part, ``most`` or less, where as few parts as can be are about equal."""
+    parts = -(-number // max(1, most))
+    return -(-number // parts)
 
 
 def _probe_what_fits(job: Job, probed: int, num_samples: int) -> tuple[int, Terms, Layout]:
@@ -211,7 +214,7 @@ def _probe_what_fits(job: Job, probed: int, num_samples: int) -> tuple[int, Term
 def _probe(job: Job, probed: int, num_samples: int) -> tuple[Terms, Layout]:
     terms = job.run(0, probed)
     layout = job.layout(0, probed, with_particles=num_samples > 1)
-    _refuse_subsampling(layout)
+    _refuse_subsampling(terms.layout)  # of this run: a fit on minibatches leaves other full sizes
     _check_assumptions(job, probed)
     if job.proposal.defensive:
         _check_defensive(job, terms, probed)
@@ -295,109 +298,3 @@ def _why_whole(job: Job, layout: Layout, probed: int) -> str:
             "argument. Make rows its first dimension, or leave batch_size out."
         )
     return ""
-
-
-class Wanted(NamedTuple):
-    """What is to be found out about each datum.
-
-    Attributes:
-        num_samples: S, draws.
-        bootstrap: how many replicates of the estimate to keep sums of.
-        trajectory: whether to look at the first 2, 4, 8 ... draws as well.
-    """
-
-    num_samples: int
-    bootstrap: int | None = None
-    trajectory: bool = False
-
-    @property
-    def prefixes(self) -> list[int]:
-        """Numbers of draws at which to stop and look, ascending, S the last of them."""
-        powers = [2**k for k in range(1, self.num_samples.bit_length())] if self.trajectory else []
-        return [*(power for power in powers if power < self.num_samples), self.num_samples]
-
-
-class Beside(Protocol):
-    """Sums of something else over the weighted draws of some rows."""
-
-    def add(self, terms: Terms, log_weight: Tensor, first_sample: int) -> None:
-        """The next draws: their terms, their ln w (particles, data), the number of the first."""
-
-
-def run(
-    job: Job,
-    plan: Plan,
-    wanted: Wanted,
-    progress: bool,
-    beside: Callable[[int, int], Beside] | None = None,
-) -> list[WeightSums]:
-    """Weigh all draws of all data; passes are halved where memory runs out.
-
-    Args:
-        beside: makes what else is summed over the draws of rows start:stop, which is then found
-            as ``beside`` of their weights.
-    """
-    rows = job.rows or 1
-    size = PassSize(plan.batch, plan.chunk, plan.whole)
-    results: list[WeightSums] = []
-    start = 0
-    with tqdm(total=rows * wanted.num_samples, disable=not progress, unit="draw") as bar:
-        while start < rows:
-            stop = min(start + size.rows, rows)
-            sums = attempt(_weigh, job, plan, size, wanted, start, stop, bar.update, beside)
-            if sums is None:
-                size.halve()  # and these rows again, from their first draw
-                bar.n = start * wanted.num_samples
-                continue
-            results.append(sums)
-            start = stop
-    job.note_strata(wanted.num_samples)
-    if size.halvings:
-        job.remarks.append(size.note)
-    return results
-
-
-def _weigh(
-    job: Job,
-    plan: Plan,
-    size: PassSize,
-    wanted: Wanted,
-    start: int,
-    stop: int,
-    tell: Callable[[int], Any],
-    beside: Callable[[int, int], Beside] | None = None,
-) -> WeightSums:
-    """The weights of all draws of rows start:stop."""
-    shares = [stratum.share for stratum in job.proposal.strata]
-    resamples = Resamples(wanted.bootstrap, job.seed, len(shares)) if wanted.bootstrap else None
-    counts = job.proposal.counts(wanted.num_samples)
-    sums = WeightSums(wanted.num_samples, shares, counts, resamples)
-    sums.beside = None if beside is None else beside(start, stop)
-    chunk = size.draws
-    if chunk > 1 and job.layout(start, stop, with_particles=True).loop_reason:
-        chunk = 1
-    for end in wanted.prefixes:
-        for part, first, particles in _passes(job.proposal, sums, end, chunk):
-            terms = job.run(
-                start, stop, first_sample=first, particles=particles, plate=plan.plate, part=part
-            )
-            log_weight = job.proposal.log_weight(terms)
-            check_weights(log_weight, start)
-            if sums.count == 0:
-                sums.observed = observed_sizes(terms)
-            sums.add(log_weight, part)
-            if sums.beside is not None:
-                sums.beside.add(terms, log_weight, first)
-            tell((stop - start) * particles)
-        if wanted.trajectory:
-            sums.look()
-    return sums
-
-
-def _passes(
-    proposal: Proposal, sums: WeightSums, end: int, chunk: int
-) -> Iterator[tuple[int, int, int]]:
-    """(part, first draw, number of draws) of the passes from where ``sums`` is to ``end`` draws."""
-    for part, last in enumerate(proposal.counts(end)):
-        for first in range(sums.parts[part].count, last, chunk):
-            yield part, first, min(chunk, last - first)

@@ -24,9 +24,9 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from lvppl.enumerated import is_one
 from lvppl.errors import ProgramError
 from lvppl.inference.addressed import AddressedDraws
-from lvppl.replay import is_one
 from lvppl.seeding import derived_seed
 from lvppl.sweep.states import FiniteLatent, StateSpace
 from lvppl.terms import Terms

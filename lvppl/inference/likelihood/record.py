@@ -9,14 +9,14 @@ import torch
 
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.job import Job
-from lvppl.inference.likelihood.weights import WeightSums
+from lvppl.inference.likelihood.weights import Finished
 
 __all__ = ["record_of"]
 
 
 def record_of(
     job: Job,
-    sums: Sequence[WeightSums],
+    sums: Sequence[Finished],
     num_samples: int,
     notes: tuple[str, ...],
     *,

@@ -9,17 +9,18 @@ With the mean m_j and the variance s_j^2 of the n_j weights of a part,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lvppl.inference.likelihood.resampling import Resamples
-from lvppl.inference.psis import MIN_TAIL, khat_from_tail, tail_size
+from lvppl.inference.psis import MIN_TAIL, khat_from_tail, khat_threshold, tail_size
 
-__all__ = ["Moments", "Trajectory", "WeightSums"]
+__all__ = ["Finished", "Moments", "Trajectory", "WeightSums"]
 
 
 class Trajectory(NamedTuple):
@@ -29,20 +30,53 @@ class Trajectory(NamedTuple):
         num_samples: how many draws, ascending, int64, (prefixes,).
         log_prob: ln p(y) from that many, float64, (prefixes, data), nats.
         std_error: its delta-method standard error, float64, (prefixes, data), nats.
+        khat: Pareto shape of that many weights, float64, (prefixes, data); plus infinity where they
+            are too few for a fit.
     """
 
     num_samples: Tensor
     log_prob: Tensor
     std_error: Tensor
+    khat: Tensor
+
+    @property
+    def flagged(self) -> Tensor:
+        """Where k-hat is above its threshold for so many draws, or they are too few to tell,
+        (prefixes, data)."""
+        limits = [khat_threshold(number) for number in self.num_samples.tolist()]
+        return self.khat > self.khat.new_tensor(limits)[:, None]
 
     @classmethod
-    def of(cls, sums: Sequence[WeightSums]) -> Trajectory:
+    def of(cls, sums: Sequence[Finished]) -> Trajectory:
         """The prefixes of all data side by side."""
         columns = [list(zip(*part.prefixes, strict=True)) for part in sums]
-        log_prob, std_error = (
-            torch.cat([torch.stack(column[i]) for column in columns], -1) for i in (1, 2)
+        log_prob, std_error, khat = (
+            torch.cat([torch.stack(column[i]) for column in columns], -1) for i in (1, 2, 3)
         )
-        return cls(torch.tensor(columns[0][0]), log_prob, std_error)
+        return cls(torch.tensor(columns[0][0]), log_prob, std_error, khat)
+
+
+class Finished(NamedTuple):
+    """What all draws of some rows have shown; each (data,) unless said otherwise.
+
+    Attributes:
+        stop: the first row that is not among them.
+        log_prob, std_error, ess, khat: as in the record of an estimate.
+        observed: discrete and continuous values that these data score.
+        replicates: ln p(y) of each bootstrap replicate, (replicates, data).
+        prefixes: (draws, ln p(y), standard error, k-hat) after fewer draws.
+        acceptance: of the moves of annealed chains, one entry a chunk.
+    """
+
+    stop: int
+    log_prob: Tensor
+    std_error: Tensor
+    ess: Tensor
+    khat: Tensor
+    observed: tuple[int, int]
+    replicates: Tensor | None = None
+    prefixes: Sequence[tuple[int, Tensor, Tensor, Tensor]] = ()
+    acceptance: Sequence[Tensor] = ()
 
 
 class Moments:
@@ -78,11 +112,15 @@ class Moments:
 
 
 class Tail:
-    """The largest log weights of a stream of known length, and the smallest one."""
+    """The largest log weights of a stream, and the smallest one.
+
+    Args:
+        num_samples: its length at most: the tail of fewer weights is no longer.
+    """
 
     def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
         self.keep = min(tail_size(num_samples) + 1, num_samples)
+        self.count = 0
         self.largest: Tensor | None = None
 
     def add(self, new: Tensor) -> None:
@@ -92,11 +130,13 @@ class Tail:
         both = torch.cat([self.largest, new])
         self.largest = both.topk(min(self.keep, len(both)), dim=0, sorted=False).values
         self.smallest = torch.minimum(self.smallest, new.amin(0))
+        self.count += len(new)
 
     def khat(self, epsilon: float) -> Tensor:
-        """Pareto shape, (data,)."""
+        """Pareto shape of the weights so far, (data,)."""
         assert self.largest is not None
-        return khat_from_tail(self.largest, self.smallest, self.num_samples, epsilon=epsilon)
+        tail = self.largest.topk(min(tail_size(self.count) + 1, self.count), dim=0).values
+        return khat_from_tail(tail, self.smallest, self.count, epsilon=epsilon)
 
 
 class WeightSums:
@@ -121,12 +161,10 @@ class WeightSums:
         self.shares = tuple(shares)
         self.parts = [Moments() for _ in shares]
         self.resamples = resamples
-        self.beside: Any = None
-        """What else was summed over these draws."""
         self.observed = (0, 0)
         """Discrete and continuous values that these data score."""
-        self.prefixes: list[tuple[int, Tensor, Tensor]] = []
-        """(draws, ln p(y), standard error) of the prefixes that were looked at."""
+        self.prefixes: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        """(draws, ln p(y), standard error, k-hat) of the prefixes that were looked at."""
 
     @property
     def count(self) -> int:
@@ -144,7 +182,32 @@ class WeightSums:
 
     def look(self) -> None:
         """Remember the estimate from the draws so far."""
-        self.prefixes.append((self.count, self.log_prob, self.std_error))
+        self.prefixes.append((self.count, self.log_prob, self.std_error, self.khat))
+
+    def add_looking(self, log_weight: Tensor, prefixes: Sequence[int]) -> None:
+        """Add the next draws, (particles, data), and look where there are as many as a prefix."""
+        stops = [end - self.count for end in prefixes]
+        stops = [stop for stop in stops if 0 < stop <= len(log_weight)]
+        for first, stop in itertools.pairwise([0, *stops]):
+            self.add(log_weight[first:stop])
+            self.look()
+        rest = log_weight[stops[-1] if stops else 0 :]
+        if len(rest):
+            self.add(rest)
+
+    def finished(self, stop: int, acceptance: Sequence[Tensor] = ()) -> Finished:
+        """The record of these rows, of which ``stop`` is the first that follows."""
+        return Finished(
+            stop,
+            self.log_prob,
+            self.std_error,
+            self.ess,
+            self.khat,
+            self.observed,
+            self.replicates,
+            self.prefixes,
+            acceptance,
+        )
 
     @property
     def _drawn(self) -> list[tuple[float, Moments]]:
@@ -202,11 +265,11 @@ class WeightSums:
         has too few draws for a fit, all weights are taken.
         """
         khat = self.tail.khat(self.epsilon)
-        if not self.part_tails:
+        if not self.part_tails or any(part.count < 2 for part in self.parts):
             return khat
         largest = self._variances.argmax(0)
         for part, tail in enumerate(self.part_tails):
-            if tail_size(tail.num_samples) >= MIN_TAIL:
+            if tail_size(tail.count) >= MIN_TAIL:
                 khat = torch.where(largest == part, tail.khat(self.epsilon), khat)
         return khat
 

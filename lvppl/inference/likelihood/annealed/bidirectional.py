@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from torch import Tensor
 
 from lvppl.errors import ProgramError
@@ -29,7 +28,7 @@ from lvppl.inference.likelihood.job import Job, plan_of
 from lvppl.inference.likelihood.proposals import importance, prior
 from lvppl.inference.likelihood.weights import WeightSums
 from lvppl.seeding import checked_seed, derived_seed, seeded
-from lvppl.tracing import sample_sites, traced, undisturbed
+from lvppl.simulation import simulated
 
 __all__ = ["Bidirectional", "bidirectional"]
 
@@ -154,8 +153,14 @@ def bidirectional(
     with torch.no_grad():
         observed: dict[str, Tensor] = {}
         if draws is None:
-            observed, draws = _simulated(model, data, kwargs, seed)
-            data = _replaced(model, data, kwargs, observed, guide is not None)
+            with seeded(derived_seed(seed, "simulation")):
+                made = simulated(model, data, kwargs, "Pass draws=, or write a distribution.")
+            if guide is not None:
+                made.require_replaced(
+                    "Write obs=y with y an argument, start from the prior, or simulate yourself "
+                    "and pass draws=."
+                )
+            observed, draws, data = made.observed, made.latents, made.args
             model = poutine.condition(model, data=observed)
         proposal = prior() if guide is None else importance(guide)
         job = Job(model, proposal, data, kwargs, check_data(data), seed, data_plate)
@@ -182,52 +187,3 @@ def _sums(log_weight: Tensor) -> WeightSums:
     sums = WeightSums(len(log_weight))
     sums.add(log_weight)
     return sums
-
-
-def _simulated(
-    model: Program, data: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values of observed sites and of latents, drawn together."""
-    with seeded(derived_seed(seed, "simulation")):
-        trace = traced("model", poutine.uncondition(model), data, kwargs)
-    sites = sample_sites(trace)
-    factors = [site["name"] for site in sites if isinstance(site["fn"], Unit)]
-    if factors:
-        raise ProgramError(
-            f"Site '{factors[0]}' is a pyro.factor: it says how probable y is, not how to draw it, "
-            "so that the model cannot be simulated. Pass draws=, or write a distribution."
-        )
-    was_observed = [bool(site["infer"].get("was_observed")) for site in sites]
-    if not any(was_observed):
-        raise ProgramError("The model observes nothing: there are no data to simulate.")
-    values = list(zip(was_observed, sites, strict=True))
-    return (
-        {site["name"]: site["value"] for observed, site in values if observed},
-        {site["name"]: site["value"] for observed, site in values if not observed},
-    )
-
-
-def _replaced(
-    model: Program,
-    data: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    observed: Mapping[str, Tensor],
-    has_guide: bool,
-) -> tuple[Any, ...]:
-    """Arguments with those that a site observes as they are replaced by what was simulated."""
-    with undisturbed():
-        trace = traced("model", model, data, kwargs)
-    new, apart = list(data), []
-    for name, value in observed.items():
-        seen: Any = trace.nodes[name]["value"]
-        places = [i for i, argument in enumerate(data) if argument is seen]
-        for i in places:
-            new[i] = value.reshape(seen.shape).to(seen.dtype)
-        apart += [] if places else [name]
-    if apart and has_guide:
-        raise ProgramError(
-            f"Site '{apart[0]}' observes no argument as it is, so that a guide would read data "
-            "that were not simulated. Write obs=y with y an argument, start from the prior, or "
-            "simulate yourself and pass draws=."
-        )
-    return tuple(new)

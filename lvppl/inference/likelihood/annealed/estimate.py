@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import NamedTuple
+from os import PathLike
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +25,16 @@ from lvppl.inference.likelihood.annealed.noise import Noise
 from lvppl.inference.likelihood.annealed.options import Annealing
 from lvppl.inference.likelihood.annealed.path import Path, Points, without_marks
 from lvppl.inference.likelihood.annealed.pilot import tuned
+from lvppl.inference.likelihood.checkpoint import Checkpoint
 from lvppl.inference.likelihood.checks import check_weights
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.job import Job, Plan, plan_of
-from lvppl.inference.likelihood.memory import PassSize, attempt
+from lvppl.inference.likelihood.memory import PassSize
+from lvppl.inference.likelihood.parts import in_parts
+from lvppl.inference.likelihood.passes import Wanted
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
-from lvppl.inference.likelihood.weights import WeightSums
+from lvppl.inference.likelihood.weights import Finished, Trajectory, WeightSums
 from lvppl.seeding import derived_seed, seeded
 
 __all__ = ["Ladder", "annealed_estimate", "notes_of"]
@@ -37,65 +42,65 @@ __all__ = ["Ladder", "annealed_estimate", "notes_of"]
 
 def annealed_estimate(
     job: Job,
-    num_samples: int,
+    wanted: Wanted,
     batch_size: int | None,
     sample_chunk: int | None,
     options: Annealing | None = None,
     progress: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
+    known: Mapping[str, Any] = MappingProxyType({}),
 ) -> LikelihoodEstimate:
-    """Anneal ``num_samples`` chains for each datum from where the job draws.
+    """Anneal chains for each datum from where the job draws.
 
     Args:
         job: program, data, and what draws the starts: the prior or a guide.
-        num_samples, batch_size, sample_chunk: chains; rows and chains of one pass.
+        wanted: how many chains, and whether to look at the first few of them; no bootstrap.
+        batch_size, sample_chunk: rows and chains of one pass.
         options: how chains move, and in how many steps.
         progress: show a bar.
+        checkpoint, known: a file of finished parts, and what it must be of.
 
     Raises:
         ProgramError: as of :class:`~lvppl.inference.likelihood.annealed.path.Path`; a weight is
             NaN or plus infinity (by datum).
     """
     options = options or Annealing()
+    num_samples = wanted.num_samples
     plan = plan_of(unmarked(job), num_samples, batch_size, sample_chunk)
+    keep = None
+    if checkpoint is not None:
+        keep = Checkpoint(checkpoint, unmarked(job), plan, {**known, "annealing": options})
     size, rows = PassSize(plan.batch, plan.chunk, plan.whole), job.rows or 1
-    sums: list[WeightSums] = []
-    acceptance: list[Tensor] = []
-    start = 0
     with tqdm(total=rows * num_samples, disable=not progress, unit="chain") as bar:
-        while start < rows:
-            stop = min(start + size.rows, rows)
-            found = attempt(_annealed, job, plan, start, stop, size.draws, num_samples, options)
-            if found is None:
-                size.halve()  # and these rows again, from their pilot
-                continue
-            sums.append(found.sums)
-            acceptance += found.acceptance
-            bar.update((stop - start) * num_samples)
-            start = stop
+
+        def at(start: int) -> None:
+            bar.update(start * num_samples - bar.n)
+
+        def work(start: int, stop: int) -> Finished:
+            return _annealed(job, plan, start, stop, size.draws, wanted, options)
+
+        found = in_parts(rows, size, work, at, keep)
     if size.halvings:
         job.remarks.append(size.note)
+    acceptance = [rates for part in found for rates in part.acceptance]
     notes = (*notes_of(job, options, acceptance), *job.notes(plan.layout))
-    return record_of(job, sums, num_samples, notes, estimator="ais")
-
-
-class _Found(NamedTuple):
-    sums: WeightSums
-    acceptance: list[Tensor]
+    trajectory = Trajectory.of(found) if wanted.trajectory else None
+    return record_of(job, found, num_samples, notes, estimator="ais", trajectory=trajectory)
 
 
 def _annealed(
-    job: Job, plan: Plan, start: int, stop: int, chunk: int, num_samples: int, options: Annealing
-) -> _Found:
+    job: Job, plan: Plan, start: int, stop: int, chunk: int, wanted: Wanted, options: Annealing
+) -> Finished:
     """All chains of rows start:stop, at most ``chunk`` at once."""
     ladder = Ladder(job, plan, start, stop, options)
-    found = _Found(WeightSums(num_samples), [])
-    found.sums.observed = ladder.observed
-    for sample in range(0, num_samples, chunk):
-        chains = ladder.up(sample, min(chunk, num_samples - sample))
+    sums, acceptance = WeightSums(wanted.num_samples), []
+    sums.observed = ladder.observed
+    for sample in range(0, wanted.num_samples, chunk):
+        chains = ladder.up(sample, min(chunk, wanted.num_samples - sample))
         check_weights(chains.log_weight, start)
-        found.sums.add(chains.log_weight)
-        found.acceptance.extend([] if chains.acceptance is None else [chains.acceptance])
-    return found
+        sums.add_looking(chains.log_weight, wanted.prefixes if wanted.trajectory else ())
+        acceptance += [] if chains.acceptance is None else [chains.acceptance]
+    return sums.finished(stop, acceptance)
 
 
 class Ladder:
