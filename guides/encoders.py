@@ -7,7 +7,7 @@ Data of any dtype (8-bit levels, say) are converted to that of the network's par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class DenseEncoder(nn.Module):
     :param hidden_dims: widths of the hidden layers.
     :param input_scale: x is divided by it on entry; choose the order of magnitude of the data
         (16 for the levels 0 … 16 of the digits).
+    :param activation: called without arguments; returns what follows a hidden layer.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class DenseEncoder(nn.Module):
         *,
         hidden_dims: Sequence[int] = (200, 200),
         input_scale: float = 1.0,
+        activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
         self.event_dim, self.input_scale = len(x_shape), input_scale
         widths = [math.prod(x_shape), *hidden_dims]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), nn.SiLU()]
+            layers += [nn.Linear(width_in, width_out), activation()]
         self.output = nn.Linear(widths[-1], output_dim)
         self.network = nn.Sequential(*layers, self.output)
 

@@ -27,6 +27,7 @@ from lvppl.inference.fit import Fit
 from lvppl.inference.gap_record import Gaps
 from lvppl.inference.gaps import gaps
 from lvppl.inference.gradients import GradientAudit, audit_gradients
+from lvppl.inference.imputation import Imputation, impute
 from lvppl.inference.likelihood import LikelihoodComparison, LikelihoodEstimate, log_likelihood
 from lvppl.inference.likelihood.annealed import Annealing, bidirectional
 from lvppl.inference.svi import SVI
@@ -59,6 +60,7 @@ __all__ = [
     "Gaps",
     "GradientAudit",
     "HardELBO",
+    "Imputation",
     "LikelihoodComparison",
     "LikelihoodEstimate",
     "LinearSchedule",
@@ -76,6 +78,7 @@ __all__ = [
     "check",
     "data",
     "gaps",
+    "impute",
     "load",
     "log_evidence",
     "log_likelihood",

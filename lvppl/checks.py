@@ -15,6 +15,7 @@ from torch import Tensor
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import layout_of
 from lvppl.matching import check_same_space, first_index, has_no_density, no_density
+from lvppl.missing import ELSEWHERE, with_missing
 from lvppl.observations import require_own_values
 from lvppl.terms import trace_terms
 from lvppl.tracing import (
@@ -136,7 +137,12 @@ class CheckReport:
 
 
 def check(
-    model: Program, guide: Program | None = None, *args: Any, strict: bool = True, **kwargs: Any
+    model: Program,
+    guide: Program | None = None,
+    *args: Any,
+    strict: bool = True,
+    missing: str | None = None,
+    **kwargs: Any,
 ) -> CheckReport:
     """Run the pair once on the data, tabulate its sites, and refuse what cannot be right.
 
@@ -152,13 +158,15 @@ def check(
         args, kwargs: the arguments of both: the data.
         strict: also refuse sites that only one of the two has, plates that differ, NaN and
             infinities in the data. ``False`` is the way out where that is intended.
+        missing: ``"nan"`` takes NaN in observed sites as missing values (:mod:`lvppl.missing`).
 
     Raises:
         ProgramError: a latent without a guide and the reverse; mismatched shapes, plates, supports
             or subsamples; tensors on different devices; NaN or infinity in the data or in a
             log-term, by site and datum.
     """
-    _check_arguments(args, kwargs, strict)
+    model, guide = with_missing(model, guide, missing)
+    _check_arguments(args, kwargs, strict, missing)
     with undisturbed():
         _run_once(model, guide, args, kwargs, strict)
         layout = layout_of(model, guide, args, kwargs, strict=strict)
@@ -170,7 +178,7 @@ def check(
             terms.elbo("sampled")  # what the losses would refuse is refused here
             notes = terms.notes
             if strict:
-                _check_finite(terms)
+                _check_finite(terms, missing)
         else:
             notes = ()
         verdict = verdict_on_evidence(
@@ -266,7 +274,7 @@ def _computable(site: Any) -> tuple[bool, str]:
 # --------------------------------------------------------------------------------------- refusals
 
 
-def _check_arguments(args: Any, kwargs: Any, strict: bool) -> None:
+def _check_arguments(args: Any, kwargs: Any, strict: bool, missing: str | None) -> None:
     tensors = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors += [(f"argument '{n}'", a) for n, a in kwargs.items() if isinstance(a, Tensor)]
     devices = {name: tensor.device for name, tensor in tensors}
@@ -277,7 +285,7 @@ def _check_arguments(args: Any, kwargs: Any, strict: bool) -> None:
         if tensor.dim() and tensor.shape[0] == 0:
             raise ProgramError(f"The data are empty: {name} has shape {tuple(tensor.shape)}.")
         if strict and tensor.is_floating_point() and tensor.device.type != "meta":
-            bad = ~torch.isfinite(tensor)
+            bad = tensor.isinf() if missing else ~torch.isfinite(tensor)
             if bool(bad.any()):
                 raise ProgramError(
                     f"The data hold {int(bad.sum())} values that are NaN or infinite, the first in "
@@ -345,7 +353,7 @@ def _inside(fn: Any, value: Tensor) -> Tensor:
     return inside | ~mask if isinstance(mask, Tensor) else inside
 
 
-def _check_finite(terms: Any) -> None:
+def _check_finite(terms: Any, missing: str | None) -> None:
     for name, plates, log_prob, allow in terms.site_log_probs():
         bad = log_prob.isnan() | (log_prob == math.inf)
         if not allow:
@@ -354,6 +362,10 @@ def _check_finite(terms: Any) -> None:
             index = first_index(bad[0])
             value = log_prob[bad].flatten()[0]
             where = f" at index {index} of its plates {list(plates)}" if index else ""
+            if missing and bool(value.isnan()):
+                raise ProgramError(
+                    f"The log-probability of site '{name}' is nan{where}. {ELSEWHERE}"
+                )
             raise ProgramError(
                 f"The log-probability of site '{name}' is {float(value)}{where}. Look at the "
                 "distribution's arguments there: a scale of zero, an overflow, or data that the "

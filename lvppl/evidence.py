@@ -30,6 +30,7 @@ from lvppl.exact_latents import (
     states_of,
 )
 from lvppl.factor_graph import FactorGraph, graph_of
+from lvppl.missing import with_missing
 from lvppl.packed import Reduction, log_max, log_sum_exp, log_sum_exp_sampled
 from lvppl.seeding import seeded
 from lvppl.tracing import kind_of, plates_of
@@ -112,7 +113,11 @@ class Moments:
 
 
 def log_evidence(
-    model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
+    model: Program,
+    *data: Any,
+    temperature: float = 1.0,
+    missing: str | None = None,
+    **kwargs: Any,
 ) -> LogEvidence:
     r"""ln p(y), exactly: discrete latents summed out, linear-Gaussian ones integrated.
 
@@ -130,21 +135,28 @@ def log_evidence(
             analysers, switching states of short sequences).
         data, kwargs: its arguments.
         temperature: T > 0. At T → 0 the value tends to max over z of ln p(z, y).
+        missing: ``"nan"`` takes NaN in observed sites as missing values, which are summed out
+            exactly (:mod:`lvppl.missing`); by default NaN is an error.
 
     Raises:
-        ProgramError: a latent is unbounded, or continuous and not linear-Gaussian; a sum is too
-            large (how large); a chain lacks ``pyro.markov``; plates overlap: by site, plate and
-            shape, with the remedy.
+        ProgramError: missing values have no exact sum; a latent is unbounded, or continuous and not
+            linear-Gaussian; a sum is too large (how large); a chain lacks ``pyro.markov``; plates
+            overlap: by site, plate and shape, with the remedy.
 
     Source: Obermeyer, Bingham et al. (2019), "Tensor variable elimination for plated factor
     graphs", ICML.
     """
+    model, _ = with_missing(model, None, missing, draws=False)
     graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
     return _record(graph, graph.log_evidence())
 
 
 def posterior(
-    model: Program, *data: Any, temperature: float = 1.0, **kwargs: Any
+    model: Program,
+    *data: Any,
+    temperature: float = 1.0,
+    missing: str | None = None,
+    **kwargs: Any,
 ) -> ExactPosterior:
     r"""p(z | y) of every latent, exactly, for these data; which may be new.
 
@@ -155,10 +167,12 @@ def posterior(
         data, kwargs: its arguments.
         temperature: T of the distribution :math:`∝ p(z, y)^{1/T}`; 1 is the posterior, and T → 0
             tends to the most probable assignment.
+        missing: as in ``log_evidence``. A datum of which nothing was observed has the prior.
 
     Raises:
         ProgramError: as ``log_evidence``; the program has no latent; a datum is impossible.
     """
+    model, _ = with_missing(model, None, missing, draws=False)
     with torch.no_grad():
         graph = graph_of(model, data, kwargs, temperature=_positive(temperature))
         states, integrated = states_of(graph), integrated_of(graph)

@@ -31,6 +31,7 @@ from lvppl.inference.m_step import MStepTable, Step
 from lvppl.inference.map_latents import MapLatents
 from lvppl.inference.state import FitState, modules_of, require_same
 from lvppl.inference.training import Evaluation
+from lvppl.missing import with_missing
 from lvppl.objectives import ELBO
 from lvppl.seeding import seeded
 from lvppl.terms import trace_terms
@@ -114,6 +115,7 @@ def load(
     em = content.get("em")
     _check_pair(folder, em is not None, guide, objective)
     program = model if em is None else MapLatents(content["settings"]["map_latents"])(model)
+    program, handled = with_missing(program, guide, content["settings"].get("missing"))
     modules = modules_of(model, guide)
     where = None if device is None else torch.device(device)
     state = FitState(where)
@@ -130,7 +132,7 @@ def load(
     with state.active(), seeded(0), state.discovering(), state.buffers_preserved():
         try:
             with torch.no_grad(), poutine.block():
-                trace_pair(program, guide, args, kwargs)
+                trace_pair(program, handled, args, kwargs)
         except Exception as error:
             raise ProgramError(
                 f"the program does not run on the first rows of the data in {folder}: {error}. "
@@ -143,7 +145,7 @@ def load(
     state.finish((params, content["buffers"]))
     with state.active(), undisturbed():
         # Sites that do not fit each other, such as those of a guide in the model's place.
-        trace_terms(program, guide, args, kwargs, strict=content["settings"].get("strict", True))
+        trace_terms(program, handled, args, kwargs, strict=content["settings"].get("strict", True))
     checkpoint = content["checkpoint"]
     common: dict[str, Any] = {
         "model": model,

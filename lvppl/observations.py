@@ -129,7 +129,7 @@ def _explain(site: Any) -> None:
         raise ProgramError(
             f"Site '{name}' observes nan at index {_first(nan)}: a missing value has no density. "
             "Fill it and mask it, as in dist.Normal(...).mask(observed); "
-            'lvppl.EM(model).fit(..., missing="nan") and the posterior of such a fit do so.'
+            'missing="nan" does so, here and in fit(...).'
         ) from error
     wanted = tuple(fn.batch_shape) + tuple(fn.event_shape)
     try:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lvppl.enumerated import Enumerated, is_one, user_scale
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import Layout, describe, signature_of
 from lvppl.matching import check_same_subsamples, refuse_mismatch
+from lvppl.missing import MISSING, OWN_PROPOSAL
 from lvppl.tracing import (
     is_discrete,
     is_enumerated,
@@ -111,7 +113,8 @@ class Replay:
         self.signature = signature_of([*self.model_sites.values()], [*self.guide_sites.values()])
         check_same_subsamples(model_trace, guide_trace)
         self.layout = self._current(layout)
-        self._runs_model = isinstance(guide, AutoMessenger)  # and meets its observations there
+        # such a guide meets the observations of the model that it runs
+        self._runs_model = guide is not None and isinstance(unwrap(guide), AutoMessenger)
         self._noise = self._match(strict and guide is not None)
 
     def evaluate_guide(self) -> Replay:
@@ -152,8 +155,9 @@ class Replay:
             and getattr(s["fn"], "_mask", None) is not False
         }
         if strict:
+            proposed = [n for n in missing if not self.model_sites[n]["infer"].get(OWN_PROPOSAL)]
             observes = [] if self._runs_model else sorted(seen)
-            refuse_mismatch(missing, sorted(extra), observes, self.model_sites)
+            refuse_mismatch(proposed, sorted(extra), observes, self.model_sites)
         for name in missing:
             self.guide_sites[name] = self.model_sites[name]
         return frozenset(extra | seen)
@@ -506,12 +510,20 @@ class Replay:
         reconstruction = self.mean(site)
         cost = function(site["value"], reconstruction)
         by_element, by_event = fn.batch_shape + fn.event_shape, fn.batch_shape
+        missing = site["infer"].get(MISSING)
         if cost.shape[-len(by_element) :] == by_element and by_element:
+            cost = cost if missing is None else cost.masked_fill(missing, 0.0)
             cost = cost.sum(list(range(-fn.event_dim, 0))) if fn.event_dim else cost
         elif cost.shape[cost.dim() - len(by_event) :] != by_event:
             raise ProgramError(
                 f"The distortion of site '{site['name']}' has shape {tuple(cost.shape)}; expected "
                 f"{tuple(by_element)}, one value for each element, or {tuple(by_event)}."
+            )
+        elif missing is not None and fn.event_dim and bool(missing.any()):
+            raise ProgramError(
+                f"Values of site '{site['name']}' are missing, but its distortion is summed over "
+                f"the elements of an event already: return {tuple(by_element)}, one value for each "
+                "element, so that the missing ones are left out."
             )
         return scale_and_mask(cost.expand(shape), 1.0, site["mask"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.missing import MISSING
 from lvppl.replay import Replay
 from lvppl.tracing import is_discrete, plates_of
 
@@ -60,6 +62,19 @@ class Site:
         return torch.cat(
             [run.by_plates(site["value"], site, self.event_dim) for run, site in self._messages()]
         )
+
+    @cached_property
+    def missing(self) -> Tensor | None:
+        """True where an observed value is missing, (*plate sizes, *event); None if unknown."""
+        run, site = self._messages()[0]
+        missing = site["infer"].get(MISSING)
+        return None if missing is None else run.by_plates(missing, site, self.event_dim)[0]
+
+    @property
+    def observed(self) -> Tensor:
+        """The value, NaN where it is missing."""
+        missing = self.missing
+        return self.value if missing is None else self.value.masked_fill(missing, math.nan)
 
     @cached_property
     def log_prob(self) -> Tensor:

@@ -36,6 +36,7 @@ from .vae import (
     DenseDecoder,
     DiscretizedLogisticLikelihood,
     GaussianLikelihood,
+    StudentTLikelihood,
     shallow_gaussian,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "ProbabilisticLSA",
     "ProbabilisticPCA",
     "SigmoidBeliefNet",
+    "StudentTLikelihood",
     "StudentTMixture",
     "shallow_gaussian",
     "words_from_counts",

@@ -34,6 +34,7 @@ from lvppl.distributions import (
     Autoregressive,
     AutoregressivePart,
     DiscretizedLogistic,
+    HiddenMarkov,
     Quantized,
 )
 from lvppl.guides import AmortizedFlow, ConvEncoder, PerDatumNormal
@@ -515,10 +516,60 @@ def chained_model(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(w, 1.0), obs=y)
 
 
+# ------------------------------------------------------------------- programs with missing values
+
+
+def observing(fn: Program) -> Program:
+    """A model without latents."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", fn(y), obs=y)
+
+    return model
+
+
+def chain_of_pairs(y: Tensor) -> Any:
+    """A hidden Markov model of pairs, with an emission of its own for every sequence."""
+    emission = dist.Normal(torch.zeros(len(y), 2, 2), 1.0).to_event(1)
+    return HiddenMarkov(torch.zeros(len(y), 2), torch.zeros(2, 2), emission)
+
+
+def bits_in_order(y: Tensor) -> Any:
+    """Each bit given those before it."""
+
+    def conditionals(y: Tensor) -> Any:
+        before = torch.cat([torch.zeros_like(y[..., :1]), y[..., :-1]], -1).cumsum(-1)
+        return dist.Bernoulli(logits=before).to_event(1)
+
+    return Autoregressive(conditionals, torch.zeros(2))
+
+
+def steps_in_time(y: Tensor) -> None:
+    """A model that reads what it observes: each step is about the one before."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        before = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], -1)
+        pyro.sample("y", dist.Normal(z[..., None] + before, 1.0).to_event(1), obs=y)
+
+
+def first_column_guide(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("z", dist.Normal(loc + y[:, 0], 1.0))
+
+
+COUPLED = observing(lambda y: dist.Dirichlet(torch.ones(2)))
+SHARES = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.125, math.nan]])
+
+
 # ------------------------------------------------------------------- programs with discrete latents
 
 MISSING = torch.tensor([0.5, math.nan, 1.0, 2.0])
 INFINITE = torch.tensor([0.5, math.inf, 1.0, 2.0])
+LOCS = torch.tensor([-1.0, 1.0])
+GAP_FIRST = torch.tensor([[0.5, 1.0], [0.2, 0.1], [math.nan, 1.0]])
+STEPS_OF_PAIRS = torch.tensor([[[0.5, 1.0], [math.nan, 0.2]], [[0.1, 0.1], [0.3, 0.2]]])
 PAIRS = torch.tensor([[0.5, 1.0], [2.0, 0.25], [1.0, math.nan], [-1.0, 0.0]])
 
 
@@ -1851,6 +1902,136 @@ def _mnist(content: bytes) -> Attempt:
 
     return attempt
 
+
+def missing(title: str, says: str, **attempts: Any) -> BadInput:
+    """What ``missing="nan"``, or an imputation, must refuse."""
+    return BadInput(title, {name.replace("__", "."): a for name, a in attempts.items()}, says)
+
+
+def _by_all(
+    title: str, says: str, model: Program, guide: Program, y: Tensor, word: str
+) -> BadInput:
+    """By every call that takes ``missing=``."""
+    options: dict[str, Any] = {"guide": guide, "num_samples": 2, "seed": 0}
+    return missing(
+        title,
+        says,
+        check=lambda _: lvppl.check(model, guide, y, missing=word),
+        SVI__fit=lambda _: _fit(model, guide, y, missing=word),
+        log_likelihood=lambda _: lvppl.log_likelihood(model, y, missing=word, **options),
+    )
+
+
+TOPICS["Missing values"] = [
+    _by_all(
+        '`missing="zero"`',
+        "missing must be None or \"nan\" … 'zero'",
+        MODEL,
+        GUIDE,
+        MISSING,
+        "zero",
+    ),
+    missing(
+        "NaN without `missing=`",
+        'NaN or infinite values in 1 rows (1) … missing="nan"',
+        log_likelihood=lambda _: _likelihood(MODEL, GUIDE, MISSING),
+    ),
+    missing(
+        "NaN without `missing=`, in a fit",
+        'data argument 0 has nan at index [1] … missing="nan"',
+        SVI__fit=lambda _: _fit(MODEL, GUIDE, MISSING),
+    ),
+    missing(
+        "an infinite value as a missing one, in a fit by SVI",
+        "data argument 0 has inf at index [1] … a missing value is NaN",
+        SVI__fit=lambda _: _fit(MODEL, GUIDE, INFINITE, missing="nan"),
+    ),
+    missing(
+        "an infinite value as a missing one, in an estimate",
+        "infinite values in 1 rows (1) … a missing value is NaN",
+        log_likelihood=lambda _: lvppl.log_likelihood(
+            MODEL, INFINITE, guide=GUIDE, missing="nan", num_samples=2
+        ),
+        impute=lambda _: lvppl.impute(MODEL, INFINITE, guide=GUIDE, num_samples=2),
+    ),
+    _by_all(
+        "a part of an event whose elements depend on each other",
+        "some values of site 'y' miss a part of an event of Dirichlet … independent elements … "
+        "let the whole event be NaN",
+        COUPLED,
+        lambda y: None,
+        SHARES,
+        "nan",
+    ),
+    missing(
+        "the same in an exact sum",
+        "some values of site 'y' miss a part of an event of Dirichlet",
+        log_evidence=lambda _: lvppl.log_evidence(COUPLED, SHARES, missing="nan"),
+        impute=lambda _: lvppl.impute(COUPLED, SHARES, num_samples=2),
+    ),
+    missing(
+        "a model that reads a missing value as an input",
+        "parameter that is nan … reads one elsewhere … Make it a latent",
+        check=lambda _: lvppl.check(steps_in_time, first_column_guide, GAP_FIRST, missing="nan"),
+        log_likelihood=lambda _: lvppl.log_likelihood(
+            steps_in_time, GAP_FIRST, guide=first_column_guide, missing="nan", num_samples=2
+        ),
+        SVI__fit=lambda _: _fit(steps_in_time, first_column_guide, GAP_FIRST, missing="nan"),
+    ),
+    missing(
+        "a part of a step of a chain whose sequences have emissions of their own",
+        "miss a part of their observation … an observation_dist of its own … batch shape (K,)",
+        log_evidence=lambda _: lvppl.log_evidence(
+            observing(chain_of_pairs), STEPS_OF_PAIRS, missing="nan"
+        ),
+    ),
+    missing(
+        "an exact sum over what an autoregression misses before an observed element",
+        "site 'y' is Autoregressive … before observed ones … lvppl.log_likelihood",
+        log_evidence=lambda _: lvppl.log_evidence(
+            observing(bits_in_order), torch.tensor([[math.nan, 1.0]]), missing="nan"
+        ),
+    ),
+    missing(
+        "imputing the steps of a HiddenMarkov",
+        "missing steps of site 'y' depend on its states … lvppl.posterior … 'y_states'",
+        impute=lambda _: lvppl.impute(
+            observing(
+                lambda y: HiddenMarkov(torch.zeros(2), torch.zeros(2, 2), dist.Normal(LOCS, 1.0))
+            ),
+            PAIRS,
+            num_samples=2,
+        ),
+    ),
+    missing(
+        "more imputations than draws",
+        "num_imputations=5 draws cannot come from num_samples=2",
+        impute=lambda _: lvppl.impute(
+            MODEL, MISSING, guide=GUIDE, num_samples=2, num_imputations=5
+        ),
+    ),
+    missing(
+        "`num_imputations=-1`",
+        "num_imputations must be a whole number from 0 on, got -1",
+        impute=lambda _: lvppl.impute(MODEL, MISSING, guide=GUIDE, num_imputations=-1),
+    ),
+    missing(
+        "imputing whole numbers, which cannot be NaN",
+        "nothing to impute … y.float()",
+        impute=lambda _: lvppl.impute(
+            observing(lambda y: dist.Poisson(2.0)), torch.tensor([1, 2]), num_samples=2
+        ),
+    ),
+    missing(
+        "the mean of a missing level",
+        "levels of 'y' are missing … no mean … num_imputations",
+        impute=lambda _: lvppl.impute(
+            observing(lambda y: dist.Categorical(torch.ones(3))),
+            torch.tensor([1.0, math.nan]),
+            num_samples=2,
+        ),
+    ),
+]
 
 TOPICS["Exact evidence and posteriors"] = [
     exact("a model that is a class, to be summed", nn.Linear, "model must be a Pyro program"),

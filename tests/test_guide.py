@@ -118,6 +118,26 @@ def test_the_chain_answers_as_its_distribution_does():
     assert float(chain.transition.detach()[short, 1 - short]) == pytest.approx(0.94, abs=0.005)
 
 
+def test_imputations_are_near_the_best_there_are():
+    """Against E[y | observed] under the law of the recipe's data, which it had to learn."""
+    scope: dict = {}
+    for block in code_of("Missing values"):
+        exec(compile(block, "Missing values", "exec"), scope)
+    torch.manual_seed(0)
+    whole = torch.randn(200, 1) + 0.5 * torch.randn(200, 6)  # as in the recipe
+    y, complete, tables = scope["y"], scope["complete"], scope["tables"]
+    holes = y.isnan()
+    assert torch.equal(y[~holes], whole[~holes])
+    precision = 4.0 * (~holes).sum(1, keepdim=True)
+    best = (4.0 * y.nan_to_num(0.0).sum(1, keepdim=True) / (1 + precision)).expand(200, 6)
+    errors = [float((guess - whole)[holes].square().mean()) for guess in (complete, best)]
+    assert errors[0] < 1.15 * errors[1]
+    assert torch.equal(complete[~holes], y[~holes])
+    assert torch.equal(tables[:, ~holes], y[~holes].expand(5, -1))
+    spread = ((complete - whole) / scope["spread"])[holes].square().mean()
+    assert 0.7 < float(spread) < 1.3
+
+
 def test_predictions_are_the_formula_s():
     """Draws within five standard errors of Σ π_k (level_k + slope_k x); a gate predicts better."""
     names = ran(RECIPES[2])

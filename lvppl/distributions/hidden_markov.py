@@ -159,6 +159,24 @@ class HiddenMarkov(TorchDistribution):
         new._event_shape = torch.Size((num_steps, *self.observation_dist.event_shape))
         return new
 
+    def observing(
+        self, observed: Tensor, observation_dist: Distribution | None = None
+    ) -> HiddenMarkov:
+        """The same chain of which only some steps were observed, and as ``mask`` says.
+
+        :param observed: (…, T), true where a step was observed.
+        :param observation_dist: p(y_t | z_t) of each step, batch shape (…, T, K), in place of the
+            chain's own.
+        """
+        batch = torch.broadcast_shapes(self.batch_shape, observed.shape[:-1])
+        new = self.expand(batch)
+        new.step_mask = observed if self.step_mask is None else observed & self.step_mask
+        new.num_steps = observed.shape[-1]
+        if observation_dist is not None:
+            new.observation_dist, new.differs_by_step = observation_dist, True
+        new._event_shape = torch.Size((new.num_steps, *new.observation_dist.event_shape))
+        return new
+
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), sample and batch shape, in nats."""
         if not torch.is_grad_enabled():

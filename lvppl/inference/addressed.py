@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvppl.tracing import PARTICLES
 
-__all__ = ["AddressedDraws"]
+__all__ = ["AddressedDraws", "addressed_uniform"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLY = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -89,6 +89,19 @@ class AddressedDraws(Messenger):
         """A draw of the site, by torch's operators, whose noise is replaced."""
         value: Tensor = msg["fn"](*msg["args"], **msg["kwargs"])
         return value
+
+
+def addressed_uniform(
+    seed: int, purpose: str, shape: Sequence[int], first: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Float64 uniform on (0, 1), (samples, data, ...): a function of seed, purpose and address.
+
+    Args:
+        first: indices of the first sample and of the first datum.
+    """
+    key = _mix_int(_mix_int(seed) ^ zlib.crc32(purpose.encode()))
+    noise = _Noise(key, torch.Size(shape[:2]), (-2, first[0]), (-1, first[1]))
+    return noise.uniform(shape, device)
 
 
 class _Noise:

@@ -28,8 +28,8 @@ __all__ = [
 
 
 _FILL = (
-    "Fill or mask missing values before the fit, or pass strict=False where the program handles "
-    "them."
+    'fit(..., missing="nan") takes NaN as a missing value. Otherwise fill or mask missing values '
+    "before the fit, or pass strict=False where the program handles them."
 )
 
 
@@ -101,6 +101,7 @@ def check_data(
     validation: tuple[Any, ...] | None,
     strict: bool,
     *,
+    missing: str | None = None,
     remedy: str = _FILL,
 ) -> int | None:
     """Refuse data that cannot be right; the batch size that is needed, None for all rows."""
@@ -108,7 +109,7 @@ def check_data(
     for what, args in (("data", data), ("validation", validation or ())):
         for place, value in enumerate(args):
             for tensor in tensors_in(value):
-                _check_tensor(f"{what} argument {place}", tensor, strict, remedy)
+                _check_tensor(f"{what} argument {place}", tensor, strict, missing, remedy)
     if validation is not None and len(validation) != len(data):
         raise ProgramError(
             f"validation has {len(validation)} arguments but the training data have {len(data)}; "
@@ -126,11 +127,17 @@ def check_data(
     return batch_size if batch_size < rows else None
 
 
-def _check_tensor(name: str, tensor: Tensor, strict: bool, remedy: str) -> None:
+def _check_tensor(
+    name: str, tensor: Tensor, strict: bool, missing: str | None, remedy: str
+) -> None:
     if tensor.dim() > 0 and tensor.shape[0] == 0:
         raise ProgramError(f"{name} has no rows: its shape is {tuple(tensor.shape)}")
-    if strict and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        where = [int(i) for i in (~tensor.isfinite()).nonzero()[0]]
+    if not strict or not tensor.is_floating_point():
+        return
+    bad = tensor.isinf() if missing else ~tensor.isfinite()
+    if bool(bad.any()):
+        where = [int(i) for i in bad.nonzero()[0]]
+        remedy = "Correct the data: a missing value is NaN." if missing else remedy
         raise ProgramError(f"{name} has {float(tensor[tuple(where)])} at index {where}. {remedy}")
 
 

@@ -30,8 +30,8 @@ from lvppl.inference.inner_latents import (
     tracked,
 )
 from lvppl.inference.m_step.weighted import Weighted
-from lvppl.inference.missing import inside_support
 from lvppl.layout import Layout
+from lvppl.missing import filler
 from lvppl.packed import dims_of, log_max, log_sum_exp, named
 from lvppl.tracing import sample_sites, trace_pair
 
@@ -182,7 +182,7 @@ def _valid_value(site: Any) -> Tensor:
     if not site["is_observed"] or not isinstance(mask, Tensor):
         return value
     mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
-    return torch.where(mask, value, torch.full_like(value, inside_support(site["fn"])))
+    return torch.where(mask, value, filler(site["fn"], value))
 
 
 def traced_sites(

@@ -44,12 +44,12 @@ from lvppl.inference.map_latents import (
     require_conjugate,
 )
 from lvppl.inference.minibatch import data_plates_of, gather, num_rows
-from lvppl.inference.missing import MissingValues
 from lvppl.inference.options import refuse_unknown
 from lvppl.inference.starts import start_of
 from lvppl.inference.state import FitState, modules_of
 from lvppl.inference.variational_em import alternate
 from lvppl.layout import layout_of
+from lvppl.missing import MissingValues, check_option
 from lvppl.objectives import ELBO
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.tracing import plates_of, sample_sites, trace_pair, traced, undisturbed
@@ -218,6 +218,7 @@ class EM:
                     state=state,
                     device=where,
                     progress=progress,
+                    missing=missing,
                 )
         try:
             problem = self._prepare(state, data, kwargs, batch_size, seed, where, missing)
@@ -241,8 +242,7 @@ class EM:
         self, data: tuple[Any, ...], batch_size: int | None, missing: str | None
     ) -> int | None:
         """Refuse data that cannot be right; the rows of a batch, None for all at once."""
-        if missing not in (None, "nan"):
-            raise ProgramError(f'missing must be None or "nan", but is {missing!r}')
+        check_option(missing)
         refuse_infinite(data)
         if missing:
             refuse_unseen_columns(data)
@@ -302,7 +302,7 @@ class EM:
                 trace, _ = trace_pair(FirstStates()(self.model), None, data, kwargs)
             refuse_drawn_rows(trace)
             refuse_observations(trace)
-            model = MissingValues()(self.model) if missing else self.model
+            model = MissingValues(parts=False)(self.model) if missing else self.model
             continuous = continuous_latents(FirstStates()(model), data, kwargs)
             latents = MapLatents(continuous.shared)
             program = latents(enumerating(ConjugateLatents(continuous.local)(model)))

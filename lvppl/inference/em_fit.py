@@ -24,14 +24,15 @@ from lvppl.inference.fit import Fit, History
 from lvppl.inference.information import num_free
 from lvppl.inference.m_step import MStepTable
 from lvppl.inference.map_latents import MapLatents
-from lvppl.inference.missing import MissingValues
 from lvppl.inference.state import FitState
+from lvppl.missing import with_missing
 from lvppl.tracing import plates_of, sample_sites, traced, undisturbed
 
 if TYPE_CHECKING:
     from lvppl.evidence import ExactPosterior, LogEvidence
     from lvppl.inference.em_loop import Loop, Settings
     from lvppl.inference.em_problem import Problem
+    from lvppl.inference.imputation import Imputation
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Prior
 
@@ -141,7 +142,8 @@ class EMFit(Fit):
         """
         shared = self.settings.get("map_latents", ())
         local = self.settings.get("integrated_latents", ())
-        model = MissingValues()(self.model) if self.settings.get("missing") else self.model
+        missing = self.settings.get("missing")
+        model, _ = with_missing(self.model, None, missing, draws=False)
         return MapLatents(shared)(ConjugateLatents(local, kinds)(StepsOfData()(model)))
 
     @contextmanager
@@ -233,6 +235,18 @@ class EMFit(Fit):
             )
         count = evidence.per_datum.numel()
         return self.num_free * math.log(count) - 2.0 * float(evidence)
+
+    def impute(self, *data: Any, num_imputations: int = 0, **options: Any) -> Imputation:
+        """Fill the NaN of these data, which may be new; see :func:`lvppl.impute`.
+
+        Nothing of the mean is random: ``num_samples`` changes nothing.
+        """
+        from lvppl.factor_graph import enumerating
+        from lvppl.inference.imputation import impute
+
+        options = {**options, "num_samples": max(1, num_imputations)}
+        with self._running(data, {}) as (program, inside):
+            return impute(enumerating(program), *inside, num_imputations=num_imputations, **options)
 
     def reconstruct(
         self,

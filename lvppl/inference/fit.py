@@ -18,9 +18,11 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 from lvppl.inference.state import FitState
 from lvppl.inference.training import Evaluation
+from lvppl.missing import with_missing
 from lvppl.seeding import seeded
 
 if TYPE_CHECKING:
+    from lvppl.inference.imputation import Imputation
     from lvppl.inference.likelihood import LikelihoodEstimate
     from lvppl.inference.posterior import Posterior, Prior
 
@@ -160,6 +162,10 @@ class Fit:
         with self.active(), self.state.buffers_preserved():
             yield moved(data, self.state.device)
 
+    def _as_fitted(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options, where ``missing`` is what it was in the fit unless it is said again."""
+        return {"missing": self.settings.get("missing"), **options}
+
     def posterior(
         self,
         *data: Any,
@@ -171,6 +177,7 @@ class Fit:
         """Draws z ~ q(z | y) for these data; see :func:`lvppl.inference.sample_posterior`."""
         from lvppl.inference.posterior import sample_posterior
 
+        kwargs = self._as_fitted(kwargs)
         options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size}
         with self._inside(data) as inside:
             return sample_posterior(self.model, self.guide, *inside, seed=seed, **options, **kwargs)
@@ -181,6 +188,7 @@ class Fit:
         """Estimate ln p(y) of each datum; see :func:`lvppl.log_likelihood` for the options."""
         from lvppl.inference.likelihood import log_likelihood
 
+        options = self._as_fitted(options)
         with self._inside(data) as inside:
             return log_likelihood(
                 self.model, *inside, guide=self.guide, estimator=estimator, **options
@@ -196,8 +204,18 @@ class Fit:
                 f"{type(self.objective).__name__} makes no report. Use an objective of lvppl, such "
                 "as lvppl.ELBO()."
             )
+        kwargs = self._as_fitted(kwargs)
+        model, guide = with_missing(self.model, self.guide, kwargs.pop("missing"))
         with self._inside(data) as inside, seeded(seed):
-            return self.objective.report(self.model, self.guide, *inside, **kwargs)
+            return self.objective.report(model, guide, *inside, **kwargs)
+
+    def impute(self, *data: Any, num_imputations: int = 0, **options: Any) -> Imputation:
+        """Fill the NaN of these data, which may be new; see :func:`lvppl.impute`."""
+        from lvppl.inference.imputation import impute
+
+        options = {"num_imputations": num_imputations, **options}
+        with self._inside(data) as inside:
+            return impute(self.model, *inside, guide=self.guide, **options)
 
     def reconstruct(
         self,
@@ -210,6 +228,7 @@ class Fit:
         """E[y | z] averaged over draws z ~ q(z | y), by observed site, (*plates, *event)."""
         from lvppl.inference.posterior import reconstruct
 
+        kwargs = self._as_fitted(kwargs)
         options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size}
         with self._inside(data) as inside:
             return reconstruct(self.model, self.guide, *inside, seed=seed, **options, **kwargs)

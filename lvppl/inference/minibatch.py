@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Any
 
 import pyro
@@ -161,13 +162,14 @@ def data_plates_of(
         batches.append(transformed(transform, batch))
 
     follows, _ = _following("model", model, batches, kwargs, sizes, rows)
-    if isinstance(guide, AutoGuide):
+    own = unwrap(guide) if guide is not None else None
+    if isinstance(own, AutoGuide):
         # Running it would fix its parameters at a batch, so it is judged by the model alone.
         local = [name for name, seen in follows.items() if seen.holds_latent]
-        if local and guide.create_plates is None:
+        if local and own.create_plates is None:
             raise ProgramError(
-                f"{type(guide).__name__} keeps parameters for every row of plate {local[0]!r}, so "
-                "it cannot be trained on minibatches. Leave batch_size out, or write a guide that "
+                f"{type(own).__name__} keeps parameters for every row of plate {local[0]!r}, so it "
+                "cannot be trained on minibatches. Leave batch_size out, or write a guide that "
                 "computes the posterior of a row from the row (amortised)."
             )
     elif guide is not None:

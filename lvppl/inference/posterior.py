@@ -23,6 +23,7 @@ from torch import Tensor
 from lvppl.errors import ProgramError
 from lvppl.inference.addressed import AddressedDraws
 from lvppl.layout import layout_of
+from lvppl.missing import with_missing
 from lvppl.replay import Replay
 from lvppl.seeding import RandomStream, checked_seed, derived_seed
 from lvppl.terms import Site, Terms, trace_terms
@@ -117,6 +118,7 @@ def sample_posterior(
     num_samples: int = 100,
     batch_size: int | None = None,
     seed: int | None = None,
+    missing: str | None = None,
     **kwargs: Any,
 ) -> Posterior:
     """Draw z ~ q(z | y) for these data, which may be new and of another number.
@@ -134,12 +136,16 @@ def sample_posterior(
             data plate. Draws do not depend on it, save those of ``log_likelihood``'s exceptions and
             of sites enumerated by the model.
         seed: the same seed gives the same draws; the global generators are left as they were.
+        missing: ``"nan"`` takes NaN in observed sites as missing values (:mod:`lvppl.missing`):
+            ``observed`` holds them as they are, and predictive draws are of whole new data. What
+            they may have been is :func:`lvppl.impute`.
         kwargs: keyword arguments of model and guide.
 
     Raises:
         ProgramError: model and guide do not fit each other; the program draws a subsample of the
             data by itself; batches where a latent is shared between data.
     """
+    model, guide = with_missing(model, guide, missing)
     job = _Job.of(model, guide, data, kwargs, num_samples, batch_size, seed)
     with torch.no_grad():
         batches = [
@@ -159,6 +165,7 @@ def reconstruct(
     num_samples: int = 1,
     batch_size: int | None = None,
     seed: int | None = None,
+    missing: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """E[y | z] averaged over draws z ~ q(z | y): one tensor (*plates, *event) an observed site.
@@ -168,6 +175,7 @@ def reconstruct(
     Raises:
         ProgramError: also where an observed site's distribution has no mean (Categorical).
     """
+    model, guide = with_missing(model, guide, missing)
     job = _Job.of(model, guide, data, kwargs, num_samples, batch_size, seed)
     parts: list[dict[str, Tensor]] = []
     plates: dict[str, tuple[str, ...]] = {}
@@ -410,7 +418,7 @@ def _posterior_of(one: _Pass, terms: Terms, job: _Job) -> Posterior:
         samples={**{name: site.value for name, site in latents.items()}, **drawn.enumerated},
         predictive=drawn.predictive,
         pointwise=pointwise,
-        observed={name: site.value[0] for name, site in observed.items()},
+        observed={name: site.observed[0] for name, site in observed.items()},
         plates={
             **{name: site.plates for name, site in {**latents, **observed}.items()},
             **drawn.plates,
@@ -435,14 +443,20 @@ class Completed:
 
 
 def complete(
-    terms: Terms, model: Program, data: Sequence[Any], kwargs: Mapping[str, Any]
+    terms: Terms,
+    model: Program,
+    data: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    release: Callable[[], Messenger] | None = None,
 ) -> Completed:
     """Draw the model's enumerated latents given y and the others, then new y given all of them.
+
+    ``release`` makes the handler that lets go of observations, of all of them by default.
 
     Enumerated sites are drawn by forward filtering, backward sampling
     (``pyro.infer.infer_discrete``) at the values that ``terms`` holds.
     """
-    runs = [_completed(run, model, data, kwargs) for run in terms._runs]
+    runs = [_completed(run, model, data, kwargs, release or _Released) for run in terms._runs]
     return Completed(
         enumerated=_cat([run.enumerated for run in runs]),
         predictive=_cat([run.predictive for run in runs]),
@@ -451,7 +465,11 @@ def complete(
 
 
 def _completed(
-    run: Replay, model: Program, data: Sequence[Any], kwargs: Mapping[str, Any]
+    run: Replay,
+    model: Program,
+    data: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    release: Callable[[], Messenger],
 ) -> Completed:
     values = poutine.Trace()
     for name, site in run.guide_sites.items():
@@ -467,7 +485,7 @@ def _completed(
         enumerated = [site for site in sites if site["name"] in run.layout.enumerated]
         for site in enumerated:
             values.nodes[site["name"]] = cast(Any, site)
-    free = _Released()(poutine.replay(program, trace=values))
+    free = release()(poutine.replay(program, trace=values))
     sites = sample_sites(poutine.trace(free).get_trace(*data, **kwargs))
     new = [site for site in sites if site["infer"].get("was_observed")]
 

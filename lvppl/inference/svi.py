@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from pyro import poutine
@@ -33,6 +33,7 @@ from lvppl.inference.optimizers import OptimizerLike, SchedulerLike, check_posit
 from lvppl.inference.options import refuse_unknown
 from lvppl.inference.state import FitState, modules_of
 from lvppl.inference.training import Plan, Stop, Training, loss_of
+from lvppl.missing import with_missing
 from lvppl.objectives import ELBO
 from lvppl.seeding import RandomStream, checked_seed, derived_seed, seeded
 from lvppl.tracing import trace_pair
@@ -40,6 +41,16 @@ from lvppl.tracing import trace_pair
 __all__ = ["SVI"]
 
 Program = Callable[..., Any]
+
+
+class Programs(NamedTuple):
+    """Model and guide as ``missing=`` has them run."""
+
+    model: Program
+    guide: Program
+    missing: str | None
+
+
 _STEPS_BETWEEN_EVALUATIONS = 50
 
 
@@ -112,6 +123,7 @@ class SVI:
         transform: Transform | None = None,
         progress: bool = True,
         strict: bool = True,
+        missing: str | None = None,
         resume: Fit | None = None,
         **kwargs: Any,
     ) -> Fit:
@@ -146,12 +158,17 @@ class SVI:
         :param progress: show a progress bar, or a line now and then where there is no terminal.
         :param strict: refuse NaN in the data, and sites that only one of model and guide has (the
             objective has a ``strict`` of its own).
+        :param missing: ``"nan"`` takes NaN in the data as missing values, which leave the
+            likelihood; the guide reads 0 in their place (:mod:`lvppl.missing`). With
+            ``objective=lvppl.IWAE(...)`` this is the MIWAE bound. By default NaN is an error.
         :param resume: go on from this fit. On a CPU the result is that of an uninterrupted run.
         :raises ProgramError: before the first step, where program, data or options do not fit.
         """
         check_callables(callbacks, transform)
         if resume is not None:
             seed, batch_size = _resumed_settings(resume, seed, batch_size)
+            missing = missing or resume.settings.get("missing")
+        pair = Programs(*with_missing(self.model, self.guide, missing), missing)
         seed = checked_seed(seed)
         where, given = place_of(modules_of(self.model, self.guide), device, data)
         data, kwargs = moved(data, where), moved(kwargs, where)
@@ -164,15 +181,15 @@ class SVI:
             evaluate_every=evaluate_every,
         )
         check_positive("tolerance", tolerance, zero=True)
-        batch_size = check_data(data, batch_size, held_out, strict)
+        batch_size = check_data(data, batch_size, held_out, strict, missing=missing)
         state = FitState(where if given else None)
         try:
             plates, own, prototype = self._prepare(
-                state, data, kwargs, batch_size, seed, where, strict, transform, held_out
+                state, pair, data, kwargs, batch_size, seed, where, strict, transform, held_out
             )
             plan = Plan(
-                model=self.model,
-                guide=self.guide,
+                model=pair.model,
+                guide=pair.guide,
                 objective=self.objective,
                 args=data,
                 kwargs=kwargs,
@@ -191,6 +208,7 @@ class SVI:
                 callbacks=tuple(callbacks),
                 progress=progress,
                 strict=strict,
+                missing=missing,
             )
             plan.evaluate_every = evaluate_every or -(
                 -_STEPS_BETWEEN_EVALUATIONS // plan.batches_per_epoch
@@ -251,6 +269,7 @@ class SVI:
                 "tolerance": plan.tolerance,
                 "patience": plan.patience,
                 "strict": plan.strict,
+                "missing": plan.missing,
                 "device": str(plan.device),
                 "learning_rate": training.mover.learning_rate(),
             },
@@ -265,6 +284,7 @@ class SVI:
     def _prepare(
         self,
         state: FitState,
+        pair: Programs,
         data: tuple[Any, ...],
         kwargs: dict[str, Any],
         batch_size: int | None,
@@ -282,6 +302,7 @@ class SVI:
         It draws from a stream of its own: whether parameters are made here or exist from an
         earlier fit, the steps see the same random numbers.
         """
+        model, guide, missing = pair
         rows, batch = num_rows(data), data
         modules = modules_of(self.model, self.guide)
         state.add_modules(modules)
@@ -295,8 +316,8 @@ class SVI:
                 if batch_size is not None:
                     # First, because an autoguide takes its shapes from its first batch.
                     plates = data_plates_of(
-                        self.model,
-                        self.guide,
+                        model,
+                        guide,
                         data,
                         kwargs,
                         batch_size=batch_size,
@@ -305,17 +326,19 @@ class SVI:
                     index = torch.arange(batch_size, device=data[0].device)
                     batch = gather(data, index, rows or batch_size)
                 batch = transformed(transform, batch)
-                first_run(self.model, self.guide, batch, kwargs)
+                first_run(model, guide, batch, kwargs)
             with state.buffers_preserved(), explained(data, kwargs, modules, SVI.fit, SVI):
-                report = check(self.model, self.guide, *batch, strict=strict, **kwargs)
+                report = check(
+                    self.model, self.guide, *batch, strict=strict, missing=missing, **kwargs
+                )
                 programs = set(state.tensors())
                 with scaled_minibatch(plates, rows or 1):
-                    loss = loss_of(self.objective, self.model, self.guide, batch, kwargs)
+                    loss = loss_of(self.objective, model, guide, batch, kwargs)
                 if not bool(loss.isfinite()):
                     # Only here: an objective may do without densities, as a GAN's does.
                     report.require(computable=True)
                 if held_out is not None:
-                    self._try_validation(held_out, data, kwargs, batch_size, transform)
+                    _try_validation(pair, held_out, data, kwargs, batch_size, transform)
             state.claim()
             if batch_size is not None:
                 batch = gather(
@@ -324,26 +347,27 @@ class SVI:
                 batch = transformed(transform, batch)
             return plates, tuple(n for n in state.tensors() if n not in programs), batch
 
-    def _try_validation(
-        self,
-        held_out: tuple[Any, ...],
-        data: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        batch_size: int | None,
-        transform: Transform | None,
-    ) -> None:
-        """Run the programs on the first rows of the validation data, which fails before a step."""
-        rows, batch = num_rows(held_out), held_out
-        if rows is not None and batch_size is not None and rows > batch_size:
-            batch = gather(held_out, torch.arange(batch_size, device=held_out[0].device), rows)
-        try:
-            first_run(self.model, self.guide, transformed(transform, batch), kwargs)
-        except ProgramFailure as error:
-            came, expected = (shapes_of(args) for args in (held_out, data))
-            raise ProgramError(
-                f"the program does not run on the validation data, of shape {came}; that of the "
-                f"training data is {expected}. Give held-out rows of the same kind. {error}"
-            ) from error
+
+def _try_validation(
+    pair: Programs,
+    held_out: tuple[Any, ...],
+    data: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int | None,
+    transform: Transform | None,
+) -> None:
+    """Run the programs on the first rows of the validation data, which fails before a step."""
+    rows, batch = num_rows(held_out), held_out
+    if rows is not None and batch_size is not None and rows > batch_size:
+        batch = gather(held_out, torch.arange(batch_size, device=held_out[0].device), rows)
+    try:
+        first_run(pair.model, pair.guide, transformed(transform, batch), kwargs)
+    except ProgramFailure as error:
+        came, expected = (shapes_of(args) for args in (held_out, data))
+        raise ProgramError(
+            f"the program does not run on the validation data, of shape {came}; that of the "
+            f"training data is {expected}. Give held-out rows of the same kind. {error}"
+        ) from error
 
 
 def first_run(

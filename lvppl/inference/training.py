@@ -83,6 +83,7 @@ class Plan:
     callbacks: tuple[Callable[[Any], Any], ...] = ()
     progress: bool = True
     strict: bool = True
+    missing: str | None = None
 
     @property
     def rows(self) -> int | None:

@@ -36,6 +36,7 @@ from lvppl.inference.gradient_step import raise_by_gradient
 from lvppl.inference.progress import Progress
 from lvppl.inference.state import FitState, modules_of
 from lvppl.layout import layout_of
+from lvppl.missing import with_missing
 from lvppl.objectives import ELBO
 from lvppl.seeding import derived_seed, seeded
 from lvppl.tracing import trace_pair
@@ -85,22 +86,24 @@ def alternate(
     state: FitState,
     device: torch.device,
     progress: bool,
+    missing: str | None = None,
 ) -> Fit:
     """Half-steps until an iteration gains less than ``tol`` nats per datum; see :class:`lvppl.EM`.
 
     Raises:
         ProgramError: model and guide do not fit each other, or one has no parameter.
     """
+    handled, reading = with_missing(model, guide, missing)
     try:
         with state.active(), seeded(derived_seed(seed, "prepare"), device):
             state.add_modules(modules_of(model, guide))
             with state.discovering(), state.buffers_preserved(), torch.no_grad(), poutine.block():
-                trace_pair(model, guide, data, kwargs)
-            check(model, guide, *data, **kwargs)
+                trace_pair(handled, reading, data, kwargs)
+            check(model, guide, *data, missing=missing, **kwargs)
             state.claim()
-            phi, theta = _split(guide, state, data, kwargs)
+            phi, theta = _split(reading, state, data, kwargs)
         with state.active(), state.buffers_preserved():
-            bound = _bound(model, guide, data, dict(kwargs), objective, seed, device)
+            bound = _bound(handled, reading, data, dict(kwargs), objective, seed, device)
             climb = _Climb(bound, phi, theta)
             climb.run(max_iter, tol, num_gradient_steps, progress)
     finally:
@@ -116,7 +119,13 @@ def alternate(
         num_epochs=climb.num_iterations,
         history=HalfSteps(climb.elbo, climb.evidence),
         versions=versions(),
-        settings={"batch_size": None, "tol": tol, "device": str(device), "strict": True},
+        settings={
+            "batch_size": None,
+            "tol": tol,
+            "device": str(device),
+            "strict": True,
+            "missing": missing,
+        },
         state=state,
         prototype=(data, dict(kwargs)),
     )

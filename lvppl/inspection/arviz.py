@@ -32,6 +32,7 @@ from lvppl.inference.posterior import (
 from lvppl.inference.psis import khat_threshold, psis
 from lvppl.inspection.arviz_em import em_to_arviz
 from lvppl.inspection.export import HELD_OUT, Export, attributes_of, inside, plain
+from lvppl.missing import with_missing
 from lvppl.seeding import RandomStream
 from lvppl.terms import Site, Terms, trace_terms
 from lvppl.tracing import is_point, undisturbed
@@ -101,7 +102,9 @@ def to_arviz(
         options: dict[str, Any] = {"num_samples": num_samples, "prior": prior, "seed": seed}
         return em_to_arviz(fit, *data, coords=coords, batch_size=batch_size, **options, **kwargs)
     with inside(fit, data) as data:
-        pair = _Pair.of(fit.model, fit.guide, data, kwargs)
+        missing = getattr(fit, "settings", {}).get("missing")
+        model, guide = with_missing(fit.model, fit.guide, missing)
+        pair = _Pair.of(model, guide, data, kwargs)
         if not pair.is_global:
             draws, notes = _local(pair, num_samples, batch_size, seed)
         elif pair.locals:
@@ -426,7 +429,7 @@ def _integrated(given: _Pair, num_inner: int) -> _Inner:
         log_marginal=log_marginal,
         samples=pick(samples),
         predictive=pick(drawn.predictive),
-        observed={name: site.value[0] for name, site in observed_values(terms).items()},
+        observed={name: site.observed[0] for name, site in observed_values(terms).items()},
         plates=plates,
         notes=terms.notes,
     )

@@ -115,7 +115,7 @@ class _Replayed:
         return _Replayed(
             log_joint=torch.cat(log_joint).reshape(-1, *sizes),
             predictive={n: torch.cat([part[n] for part in predictive]) for n in predictive[0]},
-            observed={name: site.value[0] for name, site in observed.items()},
+            observed={name: site.observed[0] for name, site in observed.items()},
             plates={name: site.plates for name, site in observed.items()},
             data_plates=terms.data_plates,
             factors=tuple(sorted(terms.observed.keys() - observed.keys())),

@@ -41,6 +41,11 @@ class IWAE(Objective):
     L_1 is the ELBO and L_K never decreases in K. The plate scale stays outside the logarithm.
     Sites enumerated in model or guide are summed inside each weight, which is then exact in them.
 
+    **MIWAE.** Under ``missing="nan"`` (``lvppl.SVI(...).fit(y, missing="nan")``, or the programs of
+    :func:`lvppl.missing.with_missing`) the weights are p(z_k, y_o) / q(z_k | y_o), with the missing
+    elements integrated out of p and read as 0 by q: L_K is then the bound on ln p(y_o) of Mattei
+    and Frellsen (2019), equation 4. What is missing is filled by :func:`lvppl.impute`.
+
     Args:
         num_particles: K.
         gradient: ``"standard"``: pathwise, with VIMCO's leave-one-out baseline for draws that are
@@ -56,7 +61,7 @@ class IWAE(Objective):
 
     References:
         Burda, Grosse and Salakhutdinov 2016, equation 8; Mnih and Rezende 2016 (VIMCO); Tucker et
-        al. 2019 (DReG), equation 8.
+        al. 2019 (DReG), equation 8; Mattei and Frellsen 2019, "MIWAE", ICML, section 3.1.
     """
 
     def __init__(

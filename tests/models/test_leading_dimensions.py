@@ -26,6 +26,7 @@ from lvppl.models import (
     PoissonMixture,
     ProbabilisticPCA,
     SigmoidBeliefNet,
+    StudentTLikelihood,
     StudentTMixture,
     shallow_gaussian,
 )
@@ -54,6 +55,7 @@ PROGRAMS = {
     "scale_mixture": (lambda: StudentTMixture(3, 4), (4,)),
     "vae_bernoulli": (vae(x_shape=(4,), decoder=DENSE), (4,)),
     "vae_gaussian": (vae(x_shape=(4,), decoder=DENSE, likelihood=GaussianLikelihood), (4,)),
+    "vae_student": (vae(x_shape=(4,), decoder=DENSE, likelihood=StudentTLikelihood), (4,)),
     "vae_logistic": (
         vae(x_shape=(2, 2), decoder=DENSE, likelihood=DiscretizedLogisticLikelihood),
         (2, 2),

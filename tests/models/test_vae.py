@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
+from lvppl.guides import DenseEncoder
 from lvppl.models import (
     VAE,
     BernoulliLikelihood,
@@ -19,6 +20,7 @@ from lvppl.models import (
     DenseDecoder,
     DiscretizedLogisticLikelihood,
     GaussianLikelihood,
+    StudentTLikelihood,
     shallow_gaussian,
 )
 from lvppl.models.vae import Upsample
@@ -46,6 +48,30 @@ def test_discrete_likelihoods_sum_to_one(likelihood, levels):
     x = torch.tensor(levels, dtype=torch.float64)[:, None, None]
     total = model.decode(z).log_prob(x).exp().sum(0)
     torch.testing.assert_close(total, torch.ones(4).double(), rtol=0, atol=1e-12)
+
+
+def test_student_t_likelihood():
+    """A density with finite variance, its parameters as the docstring says; it sums to one."""
+    likelihood = StudentTLikelihood((1,), floor=0.05)
+    raw = torch.tensor([[[0.7]], [[-1.0]], [[2.0]]]).double().permute(1, 0, 2)  # (1, 3, 1)
+    fn = likelihood(raw)
+    scale, df = 0.05 + math.log1p(math.exp(-1.0)), 3 + math.log1p(math.exp(2.0))
+    x = torch.linspace(-3000, 3000, 600001).double()
+    log_p = fn.log_prob(x[:, None, None]).squeeze(-1)
+    assert abs(float(torch.trapezoid(log_p.exp(), x)) - 1) < 1e-6
+    variance = float(torch.trapezoid(log_p.exp() * (x - 0.7) ** 2, x))
+    assert abs(variance - scale**2 * df / (df - 2)) < 1e-3
+    torch.testing.assert_close(float(fn.mean), 0.7)
+    with pytest.raises(ValueError, match=r"floor must be above 0, but is 0\.0"):
+        StudentTLikelihood((1,), floor=0.0)
+
+
+def test_networks_take_their_activation():
+    decoder = DenseDecoder(2, (3,), hidden_dims=(4, 4), activation=torch.nn.Tanh)
+    kinds = [type(layer) for layer in decoder.network]
+    assert kinds[:4] == [torch.nn.Linear, torch.nn.Tanh] * 2
+    encoder = DenseEncoder((3,), 2, hidden_dims=(4,), activation=torch.nn.Tanh)
+    assert type(encoder.network[1]) is torch.nn.Tanh
 
 
 def test_pixels_are_independent():

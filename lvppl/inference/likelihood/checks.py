@@ -21,6 +21,7 @@ __all__ = [
     "check_extras",
     "check_options",
     "check_weights",
+    "few",
 ]
 
 Program = Callable[..., Any]
@@ -114,7 +115,7 @@ def check_checkpoint(estimator: str, checkpoint: Any) -> None:
         )
 
 
-def check_data(data: tuple[Any, ...]) -> int | None:
+def check_data(data: tuple[Any, ...], missing: str | None = None) -> int | None:
     """Number of rows of the first argument, ``None`` if it is no tensor; bad data are refused."""
     for i, x in enumerate(data):
         if not isinstance(x, Tensor):
@@ -124,12 +125,19 @@ def check_data(data: tuple[Any, ...]) -> int | None:
                 f"The data are empty: argument {i} has shape {tuple(x.shape)}. Pass at least one "
                 "row."
             )
-        bad = ~x.isfinite()
+        bad = x.isinf() if missing else ~x.isfinite()
         if bool(bad.any()):
             where = bad.reshape(len(bad) if bad.dim() else 1, -1).any(-1).nonzero().flatten()
+            kinds = "infinite" if missing else "NaN or infinite"
+            remedy = (
+                "Correct the data: a missing value is NaN."
+                if missing
+                else "Remove those rows, or fill their values and mask them; "
+                'missing="nan" takes NaN as a missing value.'
+            )
             raise ProgramError(
-                f"Argument {i} has NaN or infinite values in {where.numel()} rows "
-                f"({few(where.tolist())}). Remove those rows, or fill their values and mask them."
+                f"Argument {i} has {kinds} values in {where.numel()} rows "
+                f"({few(where.tolist())}). {remedy}"
             )
     return num_rows(data)
 

@@ -39,6 +39,7 @@ from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import Trajectory
 from lvppl.inference.psis import tail_size
+from lvppl.missing import with_missing
 from lvppl.seeding import checked_seed
 
 __all__ = ["log_likelihood"]
@@ -61,6 +62,7 @@ def log_likelihood(
     bootstrap: int | None = None,
     trajectory: bool = False,
     annealing: Annealing | None = None,
+    missing: str | None = None,
     progress: bool = False,
     checkpoint: str | PathLike[str] | None = None,
     **kwargs: Any,
@@ -107,6 +109,11 @@ def log_likelihood(
             200 are enough for an error to one part in twenty.
         trajectory: also keep the estimate from 2, 4, 8 ... draws, for ``estimate.plot()``.
         annealing: how the chains of ``"ais"`` move; chosen by a pilot run by default.
+        missing: ``"nan"`` takes NaN in the data as missing values: ln p(y) is then that of what was
+            observed, and 0 for a datum of which nothing was. They are summed out exactly where the
+            distribution of their site allows, and the guide reads 0 in their place
+            (:mod:`lvppl.missing`). Elements of an Autoregressive site that are missing before
+            observed ones in its order are drawn by the model, one completion for each draw.
         progress: show a bar.
         checkpoint: a file in which finished data are kept, every few seconds and whatever ends the
             call; a second call with it goes on there, and one after the end reads it all. A file of
@@ -135,7 +142,8 @@ def log_likelihood(
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
     check_annealing(estimator, annealing, bootstrap)
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
-    rows = check_data(data)
+    model, guide = with_missing(model, guide, missing)
+    rows = check_data(data, missing)
     check_checkpoint(estimator, checkpoint)
     if seed is None and checkpoint is not None:
         seed = seed_of(checkpoint)
@@ -150,6 +158,7 @@ def log_likelihood(
         "defensive": defensive,
         "bootstrap": bootstrap,
         "trajectory": trajectory,
+        "missing": missing,
     }
     with torch.no_grad():
         wanted = Wanted(num_samples, bootstrap, trajectory)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lvppl.inference.likelihood.checkpoint import Checkpoint
@@ -16,8 +17,9 @@ from lvppl.inference.likelihood.proposals import Proposal
 from lvppl.inference.likelihood.resampling import Resamples
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import Finished, WeightSums
+from lvppl.terms import Terms
 
-__all__ = ["Wanted", "run"]
+__all__ = ["Beside", "Wanted", "run"]
 
 
 class Wanted(NamedTuple):
@@ -40,10 +42,28 @@ class Wanted(NamedTuple):
         return [*(power for power in powers if power < self.num_samples), self.num_samples]
 
 
+class Beside(Protocol):
+    """Sums of something else over the weighted draws of some rows."""
+
+    def add(self, terms: Terms, log_weight: Tensor, first_sample: int) -> None:
+        """The next draws: their terms, their ln w (particles, data), the number of the first."""
+
+
 def run(
-    job: Job, plan: Plan, wanted: Wanted, progress: bool, keep: Checkpoint | None = None
+    job: Job,
+    plan: Plan,
+    wanted: Wanted,
+    progress: bool,
+    keep: Checkpoint | None = None,
+    beside: Callable[[int, int], Beside] | None = None,
 ) -> list[Finished]:
-    """Weigh all draws of all data; passes are halved where memory runs out."""
+    """Weigh all draws of all data; passes are halved where memory runs out.
+
+    Args:
+        keep: what is finished already, and where to keep more.
+        beside: makes what else is summed over the draws of rows start:stop; called again where
+            memory ran out.
+    """
     rows, each = job.rows or 1, wanted.num_samples
     size = PassSize(plan.batch, plan.chunk, plan.whole)
     with tqdm(total=rows * each, disable=not progress, unit="draw") as bar:
@@ -52,7 +72,8 @@ def run(
             bar.update(start * each - bar.n)
 
         def work(start: int, stop: int) -> Finished:
-            return _weigh(job, plan, size, wanted, start, stop, bar.update).finished(stop)
+            also = None if beside is None else beside(start, stop)
+            return _weigh(job, plan, size, wanted, start, stop, bar.update, also).finished(stop)
 
         results = in_parts(rows, size, work, at, keep)
     job.note_strata(wanted.num_samples)
@@ -69,6 +90,7 @@ def _weigh(
     start: int,
     stop: int,
     tell: Callable[[int], Any],
+    also: Beside | None,
 ) -> WeightSums:
     """The weights of all draws of rows start:stop."""
     shares = [stratum.share for stratum in job.proposal.strata]
@@ -87,6 +109,8 @@ def _weigh(
             check_weights(log_weight, start)
             if sums.count == 0:
                 sums.observed = observed_sizes(terms)
+            if also is not None:
+                also.add(terms, log_weight, first)
             del terms  # with all that the programs computed: the next pass needs room for its own
             sums.add(log_weight, part)
             tell((stop - start) * particles)

@@ -8,8 +8,9 @@ import torch
 from pyro.distributions import DirichletMultinomial, Independent, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import MixtureSameFamily, constraints
 
+from lvppl.observed_part import ObservedPart
 from lvppl.terms import Terms
 
 __all__ = ["observed_sizes"]
@@ -29,7 +30,11 @@ def observed_sizes(terms: Terms) -> tuple[int, int]:
 
 def _scored(fn: Any, mask: Any = None) -> Tensor:
     """How many values each batch element of a distribution scores, int64, (*batch)."""
-    if isinstance(fn, MaskedDistribution):
+    if isinstance(fn, ObservedPart):
+        counts = (~fn.missing).flatten(-fn.event_dim).sum(-1)
+    elif isinstance(fn, MixtureSameFamily) and fn.event_shape:
+        counts = _scored(fn.component_distribution)[..., 0]
+    elif isinstance(fn, MaskedDistribution):
         counts = _scored(fn.base_dist, fn._mask)
     elif isinstance(fn, ExpandedDistribution):
         counts = _scored(fn.base_dist)
