@@ -82,7 +82,8 @@ def test_a_continuous_guide_climbs_one_sample_average() -> None:
         Y, max_iter=60, tol=1e-9, seed=0, progress=False
     )
     assert (np.diff(fit.history["elbo"]) >= -1e-9).all()
-    assert "kl" not in fit.history
+    # ln p(y) is exact: the latent is Gaussian. Draws are finite: the bound may be a little above
+    assert abs(float(fit.history["kl"][-1])) < 0.05 * len(Y)
     # posterior precision 1 + 4, mean (m + 4 y) / 5; the best m is the mean of y
     assert float(fit.params["slope"]) == pytest.approx(0.8, abs=0.02)
     assert float(fit.params["width"]) == pytest.approx(5**-0.5, abs=0.02)
