@@ -61,13 +61,17 @@ class AmortizedGaussianLayers(PyroModule):
 
     def posterior(self, y: Tensor) -> dist.TorchDistribution:
         """q(z_1 | y), batch shape (data,)."""
-        flat = y.flatten(-self.event_dim).to(self.layers[0].loc.weight.dtype)
-        return dist.Normal(*self.layers[0](flat)).to_event(1)
+        return self._lowest(self.layers[0], y)
+
+    def _lowest(self, layer: _Gaussian, y: Tensor) -> dist.TorchDistribution:
+        flat = y.flatten(-self.event_dim).to(layer.loc.weight.dtype)
+        return dist.Normal(*layer(flat)).to_event(1)
 
     def forward(self, y: Tensor) -> Tensor:
+        lowest, *above = self.layers  # once: each access tells Pyro of all parameters
         with pyro.plate(self.plate, len(y)):
-            z = pyro.sample(self.sites[0], self.posterior(y))
-            for site, layer in zip(self.sites[1:], self.layers[1:], strict=True):
+            z = pyro.sample(self.sites[0], self._lowest(lowest, y))
+            for site, layer in zip(self.sites[1:], above, strict=True):
                 z = pyro.sample(site, dist.Normal(*layer(z)).to_event(1))
             return z
 

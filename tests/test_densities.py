@@ -58,6 +58,23 @@ def test_what_would_underflow_goes_the_long_way(size):
     torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("event", [(5,), (2, 3)])
+def test_normals_are_those_of_the_distribution(monkeypatch, event):
+    monkeypatch.setattr(lvppl.densities, "_WORTH", 0)
+    loc, scale = torch.randn(4, *event).double(), torch.rand(4, *event).double() + 0.1
+    value = torch.randn(7, 4, *event).double()
+    for law in (
+        dist.Normal(loc, scale).to_event(len(event)).expand((7, 4)),
+        dist.Normal(loc, 2.0).to_event(len(event)).expand((7, 4)),
+        dist.Normal(loc[0], scale[0]).to_event(len(event)).expand((7, 4)),
+        dist.Normal(value.flip(0), scale.expand(value.shape)).to_event(len(event)),
+    ):
+        assert lvppl.densities._normals(law, value) is not None
+        torch.testing.assert_close(
+            log_density(site(value), law), law.log_prob(value), rtol=1e-13, atol=1e-12
+        )
+
+
 def test_what_goes_the_long_way(monkeypatch):
     y, logits = torch.randint(2, (3, 8)).double(), torch.randn(3, 8).double()
     bits = dist.Bernoulli(logits=logits).to_event(1)
@@ -65,13 +82,16 @@ def test_what_goes_the_long_way(monkeypatch):
         (dist.Bernoulli(logits=logits), y),  # of which every element is wanted
         (dist.Bernoulli(probs=logits.sigmoid()).to_event(1), y),
         (bits.mask(torch.tensor([True, False, True])), y),
-        (dist.Normal(logits, 1.0).to_event(1), y),
+        (dist.Laplace(logits, 1.0).to_event(1), y),
+        (dist.Normal(logits, 1.0), y),
+        (dist.Normal(logits[:1], 1.0).to_event(1), y),  # more values than locations
         (dist.Bernoulli(logits=logits, validate_args=False).to_event(1), 0.3 * y),  # no bits
         (dist.Bernoulli(logits=logits[:1]).to_event(1), y),  # more values than logits
         (dist.Bernoulli(logits=logits).to_event(1), y.float()),
     ]
     for fn, value in others:
         assert lvppl.densities._bits(fn, value) is None
+        assert lvppl.densities._normals(fn, value) is None
         assert torch.equal(log_density(site(value), fn), fn.log_prob(value))
     with torch.enable_grad():
         leaf = logits.clone().requires_grad_()
