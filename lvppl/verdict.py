@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer import config_enumerate
-from torch import Tensor
 
 from lvppl.enumerated import Enumerated
-from lvppl.factor_graph import NothingLarge, TooLarge
+from lvppl.errors import ProgramError
+from lvppl.factor_graph import NothingLarge, TooLarge, graph_of
 from lvppl.layout import layout_of
-from lvppl.tracing import is_enumerated, is_masked, sample_sites, trace_pair
+from lvppl.linear_gaussian import gaussian_law
+from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
 
 __all__ = ["Verdict", "verdict_on_evidence"]
 
@@ -55,10 +55,10 @@ def verdict_on_evidence(
         return Verdict("exact", "there is no latent: P(y) is one evaluation.", 1)
     if all(site["fn"].has_enumerate_support for site in latents):
         return _finite_sum(model, args, kwargs, latents)
-    if _is_linear_gaussian(model, args, kwargs, trace):
+    if _is_linear_gaussian(model, args, kwargs, latents):
         return Verdict(
             "exact",
-            "every site is Normal with a mean affine in the latents and a fixed "
+            "what depends on a Gaussian latent is Normal with a mean affine in it and a fixed "
             "covariance: linear-Gaussian algebra gives ln P(y).",
         )
     factor = next((row.name for row in rows if row.role == "factor"), None)
@@ -128,47 +128,12 @@ def _count(log10: float) -> str:
     return f"{round(10**log10):,}" if log10 < 9 else f"about 10^{round(log10):,}"
 
 
-def _is_linear_gaussian(model: Program, args: Any, kwargs: Any, trace: poutine.Trace) -> bool:
-    """Evaluate the program's means at 0, a, b and a + b: affine means add up."""
-    sites = sample_sites(trace)
-    if not all(_normal_parameters(site["fn"]) for site in sites):
+def _is_linear_gaussian(model: Program, args: Any, kwargs: Any, latents: Sequence[Any]) -> bool:
+    """Whether the Gaussian latents are integrated, and all others summed, by elimination."""
+    if not any(gaussian_law(site["fn"]) for site in latents):
         return False
-    if any(is_masked(site) for site in sites if not site["is_observed"]):
-        return False  # a prior whose density is masked out is not that Normal
-    latents = [site for site in sites if not site["is_observed"]]
-    a, b = ({s["name"]: torch.randn_like(s["value"]) for s in latents} for _ in range(2))
-    points: list[dict[str, Tensor]] = [
-        {name: torch.zeros_like(value) for name, value in a.items()},
-        a,
-        b,
-        {name: a[name] + b[name] for name in a},
-    ]
-    runs = []
-    for point in points:
-        conditioned = poutine.condition(model, data=point)
-        replayed = poutine.trace(conditioned).get_trace(*args, **kwargs)
-        runs.append({s["name"]: _normal_parameters(s["fn"]) for s in sample_sites(replayed)})
-    for name in runs[0]:
-        found = [run.get(name) for run in runs]
-        if any(parameters is None for parameters in found):
-            return False
-        means = [parameters[0] for parameters in found if parameters]
-        spreads = [parameters[1] for parameters in found if parameters]
-        size = max(float(mean.abs().max()) for mean in means) + 1e-12
-        tolerance = 1e-4 if means[0].dtype != torch.float64 else 1e-9
-        defect = means[3] - means[1] - means[2] + means[0]
-        if float(defect.abs().max()) > tolerance * size:
-            return False
-        if any(not torch.allclose(spread, spreads[0], rtol=tolerance) for spread in spreads):
-            return False
-    return True
-
-
-def _normal_parameters(fn: Any) -> tuple[Tensor, Tensor] | None:
-    while type(fn).__name__ in ("Independent", "MaskedDistribution"):
-        fn = fn.base_dist
-    if isinstance(fn, Normal):
-        return fn.loc, fn.scale
-    if isinstance(fn, MultivariateNormal):
-        return fn.loc, fn.scale_tril
-    return None
+    try:
+        with undisturbed(), torch.no_grad():
+            return bool(graph_of(model, args, kwargs).groups)
+    except ProgramError:
+        return False

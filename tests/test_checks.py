@@ -196,10 +196,17 @@ def test_a_prior_without_a_sampler_is_fine_with_a_guide():
     assert "has a density but no sampler" in report["z"].reason
 
 
-def test_a_masked_prior_is_not_called_linear_gaussian():
+def test_a_masked_latent_is_drawn_from_its_prior_all_the_same():
+    """A mask takes ln p(z) out of a score; z has its law, and p(y) is what draws of z average to."""
+
     def model(y):
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    assert lvppl.check(model, None, torch.randn(4)).evidence.kind == "estimated"
+    y = torch.randn(4)
+    assert lvppl.check(model, None, y).evidence.kind == "exact"
+    exact = lvppl.log_evidence(model, y).per_datum
+    torch.testing.assert_close(exact, dist.Normal(0.0, 2**0.5).log_prob(y))
+    drawn = lvppl.log_likelihood(model, y, estimator="prior", num_samples=20000, seed=0)
+    assert ((drawn.log_prob - exact).abs() < 5 * drawn.std_error).all()

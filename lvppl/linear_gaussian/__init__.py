@@ -6,8 +6,8 @@ states of short sequences).
 """
 
 from lvppl.linear_gaussian.elimination import Group, groups_of
-from lvppl.linear_gaussian.placing import Placed
+from lvppl.linear_gaussian.placing import Placed, gaussian_law
 from lvppl.linear_gaussian.recognition import recognised
 from lvppl.linear_gaussian.variables import Variable
 
-__all__ = ["Group", "Placed", "Variable", "groups_of", "recognised"]
+__all__ = ["Group", "Placed", "Variable", "gaussian_law", "groups_of", "recognised"]
