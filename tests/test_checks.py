@@ -197,7 +197,7 @@ def test_a_prior_without_a_sampler_is_fine_with_a_guide():
 
 
 def test_a_masked_latent_is_drawn_from_its_prior_all_the_same():
-    """A mask takes ln p(z) out of a score; z has its law, and p(y) is what draws of z average to."""
+    """A mask takes ln p(z) out of a score, and leaves z its law: p(y) is what draws average to."""
 
     def model(y):
         with pyro.plate("data", len(y)):
