@@ -178,7 +178,8 @@ class GaussianPart(ObservedPart):
     """
 
     @cached_property
-    def _part(self) -> Any:
+    def part(self) -> Any:
+        """The Gaussian at the right, whose missing elements are 0."""
         fn, missing = self.whole, self.missing
         loc = fn.loc.masked_fill(missing, 0.0)
         if isinstance(fn, td.LowRankMultivariateNormal):
@@ -192,7 +193,7 @@ class GaussianPart(ObservedPart):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y_o), sample and batch shape, in nats."""
-        result: Tensor = self._part.log_prob(value.masked_fill(self.missing, 0.0))
+        result: Tensor = self.part.log_prob(value.masked_fill(self.missing, 0.0))
         return result
 
 

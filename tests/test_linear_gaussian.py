@@ -524,6 +524,46 @@ def test_the_estimate_of_ln_p_is_the_exact_one():
     torch.testing.assert_close(estimate.log_prob, lvppl.log_evidence(program, y).per_datum)
 
 
+# ---------------------------------------------------------------------------------------- missing
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank", "apart"])
+def test_events_that_are_missing_in_part(kind):
+    """Rows and columns of the marginal covariance; a datum without anything has its prior."""
+    S = torch.diag(t([0.5, 0.6, 0.7, 0.8]))
+    factor = noise(4, 1, seed=80)
+    if kind != "apart":
+        S = S + factor @ factor.mT
+
+    def program(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(t([0.1, -0.2]), 1.0).to_event(1))
+            loc = z @ W.T
+            laws = {
+                "dense": lambda: dist.MultivariateNormal(loc, S),
+                "low rank": lambda: dist.LowRankMultivariateNormal(
+                    loc, factor, (S - factor @ factor.mT).diagonal()
+                ),
+                "apart": lambda: dist.Normal(loc, S.diagonal().sqrt()).to_event(1),
+            }
+            pyro.sample("y", laws[kind](), obs=y)
+
+    y = noise(6, 4, seed=81)
+    y[noise(6, 4, seed=82) < -0.2] = math.nan
+    y[3] = math.nan
+    mean, covariance = W @ t([0.1, -0.2]), W @ W.mT + S
+    exact = torch.zeros(6)
+    for n, row in enumerate(y):
+        o = ~row.isnan()
+        if bool(o.any()):
+            exact[n] = dist.MultivariateNormal(mean[o], covariance[o][:, o]).log_prob(row[o])
+    found = lvppl.posterior(program, y, missing="nan")
+    torch.testing.assert_close(found.log_evidence.per_datum, exact, rtol=0, atol=1e-10)
+    moments = found.moments("z")
+    torch.testing.assert_close(moments.mean[3], t([0.1, -0.2]))
+    torch.testing.assert_close(moments.covariance[3], torch.eye(2))
+
+
 # ------------------------------------------------------------------------------------------- fits
 
 

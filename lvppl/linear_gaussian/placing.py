@@ -12,6 +12,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch import distributions as td
 
+from lvppl.observed_part import GaussianPart
+
 __all__ = ["Frame", "Law", "Placed", "gaussian_law"]
 
 
@@ -97,6 +99,8 @@ class Law(NamedTuple):
     """Batch dimensions of ``normal`` that ``.to_event`` declared an event."""
     mask: Tensor | None
     """Over the batch of ``normal``."""
+    absent: Tensor | None = None
+    """Missing elements of its events, (*batch, *event): independent of the others, and 0."""
 
     @property
     def location(self) -> Tensor:
@@ -120,7 +124,9 @@ class Law(NamedTuple):
         return torch.linalg.cholesky(self.normal.covariance_matrix)
 
     def whitened(self, residual: Tensor, spread: Tensor) -> Tensor:
-        """Of unit variance, and zero where masked; (*batch, *event) of ``normal``."""
+        """Of unit variance, and zero where masked or absent; (*batch, *event) of ``normal``."""
+        if self.absent is not None:
+            residual = torch.where(self.absent, torch.zeros_like(residual), residual)
         if isinstance(self.normal, td.Normal):
             white = residual / spread
         else:
@@ -151,16 +157,18 @@ def gaussian_law(fn: Any) -> Law | None:
     while isinstance(inside, td.Independent | MaskedDistribution):
         total += inside.reinterpreted_batch_ndims if isinstance(inside, td.Independent) else 0
         inside = inside.base_dist
+    part = inside if isinstance(inside, GaussianPart) else None
+    found = inside if part is None else part.part
     kinds = td.Normal | td.MultivariateNormal | td.LowRankMultivariateNormal
-    if not isinstance(inside, kinds):
+    if not isinstance(found, kinds):
         return None
     passed, mask = 0, None
     while fn is not inside:
         if isinstance(fn, td.Independent):
             passed += fn.reinterpreted_batch_ndims
         else:
-            own = torch.as_tensor(fn._mask, device=inside.loc.device)
+            own = torch.as_tensor(fn._mask, device=found.loc.device)
             own = own.reshape(own.shape + (1,) * (total - passed)) if own.dim() else own
             mask = own if mask is None else mask & own
         fn = fn.base_dist
-    return Law(inside, total, mask)
+    return Law(found, total, mask, None if part is None else part.missing)
