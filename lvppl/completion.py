@@ -141,7 +141,7 @@ class _Gaussian(_Completion):
     @property
     def _root(self) -> Tensor:
         """Cholesky factor of Σ_oo beside a diagonal for what is missing."""
-        return torch.linalg.cholesky(self.fn._part.covariance_matrix)
+        return torch.linalg.cholesky(self.fn.part.covariance_matrix)
 
     def _sample(self, sample_shape: torch.Size) -> Tensor:
         return self._towards_observed(self.fn.whole.sample(sample_shape))
