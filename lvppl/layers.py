@@ -101,10 +101,21 @@ def linear_pays() -> bool:
     """Whether this processor has vector units that MKL leaves alone and oneDNN does not."""
     return (
         torch.backends.mkl.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "AuthenticAMD" in _processor()
+        and _linear_works()
     )
+
+
+def _linear_works() -> bool:
+    """The operator is not a public one: other versions of torch may have none, or another."""
+    x, weight = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    bias = torch.ones(4)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return torch.allclose(found, x @ weight.T + bias)
 
 
 def _processor() -> str:
