@@ -71,7 +71,7 @@ class Checkpoint:
         if not torch.allclose(both[0][:few], both[1][:few], _SLACK, _SLACK, equal_nan=True):
             raise self._refusal("this program gives its first draws other weights")
         device = self._first.device
-        self.parts = [_to(Finished(**part), device) for part in content["parts"]]
+        self.parts = [Finished(**part).to(device) for part in content["parts"]]
 
     def _difference(self, name: str, known: Mapping[str, str]) -> str:
         if name in ("data", "parameters"):
@@ -98,7 +98,7 @@ class Checkpoint:
             "version": _VERSION,
             "known": self._known,
             "first_weights": self._first.cpu(),
-            "parts": [_to(part, torch.device("cpu"))._asdict() for part in self.parts],
+            "parts": [part.to("cpu")._asdict() for part in self.parts],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, lambda file: torch.save(content, file))
@@ -170,16 +170,3 @@ def _digest(value: Any) -> str:
         else:
             found.update(type(item).__qualname__.encode())
     return found.hexdigest()
-
-
-def _to(part: Finished, device: torch.device) -> Finished:
-    """The same on another device."""
-    return Finished(*(_moved(value, device) for value in part))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return tuple(_moved(item, device) for item in value)
-    return value

@@ -108,6 +108,11 @@ def check_checkpoint(estimator: str, checkpoint: Any) -> None:
             f"checkpoint must be the path of a file, but {str(checkpoint)!r} is a folder. Add a "
             'name, such as "likelihood.pt".'
         )
+    if num_processes() > 1:
+        raise ProgramError(
+            "checkpoint= is of one process, but this one is of a group that shares the data. Leave "
+            "it out, or run one process."
+        )
     if estimator == "exact":
         raise ProgramError(
             'checkpoint= keeps the data whose draws are done, which estimator="exact" does not '

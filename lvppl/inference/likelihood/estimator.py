@@ -31,10 +31,11 @@ from lvppl.inference.likelihood.checks import (
     check_options,
 )
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
-from lvppl.inference.likelihood.exact import exact_sum, finite_states
+from lvppl.inference.likelihood.exact import ExactSum, exact_sum, finite_states
 from lvppl.inference.likelihood.job import Job, Plan, plan_of
 from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import Proposal, defended, importance, prior, uniform
+from lvppl.inference.likelihood.ranks import agreed, num_processes, share, together
 from lvppl.inference.likelihood.record import record_of
 from lvppl.inference.likelihood.sizes import observed_sizes
 from lvppl.inference.likelihood.weights import Trajectory
@@ -73,6 +74,11 @@ def log_likelihood(
     in float64, and memory is bounded: data and samples are both taken in chunks, of which only
     running sums and the largest weights are kept. Where memory runs out, passes are halved, down to
     one draw of one datum.
+
+    **Several processes.** Inside a ``torch.distributed`` group (``torchrun``) the processes share
+    the rows, each on its own device, and every one returns the whole record. They call this with
+    the same arguments; the numbers are those of one process. (Annealed chains adapt to the rows
+    that they run with, and agree within their errors.)
 
     **What does not depend on chunks.** Noise is a function of (seed, site, datum, sample), so that
     ``batch_size`` and ``sample_chunk`` change the results by rounding only. Draws by rejection
@@ -147,7 +153,7 @@ def log_likelihood(
     check_checkpoint(estimator, checkpoint)
     if seed is None and checkpoint is not None:
         seed = seed_of(checkpoint)
-    seed = checked_seed(seed)
+    seed = agreed(checked_seed(seed))
     proposal = _proposal(estimator, model, guide, data, kwargs, data_plate, defensive)
     job = Job(model, proposal or prior(), data, kwargs, rows, seed, data_plate)
     known = {
@@ -235,18 +241,15 @@ def _beside(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _exactly(job: Job, batch_size: int | None, progress: bool) -> LikelihoodEstimate:
     rows, plan = job.rows or 1, plan_of(job, 1, batch_size, None)
-    found, sizes = [], []
-    for start in range(0, rows, plan.batch):
-        stop = min(start + plan.batch, rows)
-        sizes.append(observed_sizes(job.run(start, stop, plate=plan.plate)))
-        part = exact_sum(
-            job.model,
-            job.cut(start, stop),
-            job.kwargs,
-            data_plate=job.data_plate,
-            progress=progress,
-        )
-        found.append(part)
+    first, last = share(rows, bool(plan.whole))
+
+    def sums() -> list[tuple[ExactSum, tuple[int, int]]]:
+        return [
+            _exact_part(job, plan, start, min(start + plan.batch, last), progress)
+            for start in range(first, last, plan.batch)
+        ]
+
+    found, sizes = zip(*together(sums), strict=True)
     log_prob = torch.cat([part.log_prob for part in found])
     zero = torch.zeros_like(log_prob)
     discrete, continuous = (sum(kind) for kind in zip(*sizes, strict=True))
@@ -262,6 +265,17 @@ def _exactly(job: Job, batch_size: int | None, progress: bool) -> LikelihoodEsti
         num_continuous=continuous,
         notes=(found[0].how,),
     )
+
+
+def _exact_part(
+    job: Job, plan: Plan, start: int, stop: int, progress: bool
+) -> tuple[ExactSum, tuple[int, int]]:
+    """ln p(y) of rows start:stop, and how many discrete and continuous values they have."""
+    sizes = observed_sizes(job.run(start, stop, plate=plan.plate))
+    found = exact_sum(
+        job.model, job.cut(start, stop), job.kwargs, data_plate=job.data_plate, progress=progress
+    )
+    return (found if num_processes() == 1 else found.to("cpu")), sizes
 
 
 def _warn_of_tails(estimate: LikelihoodEstimate) -> None:

@@ -31,6 +31,10 @@ class ExactSum:
     log_prob: Tensor
     how: str
 
+    def to(self, device: str) -> ExactSum:
+        """The same on another device."""
+        return ExactSum(self.log_prob.to(device), self.how)
+
 
 def exact_sum(
     model: Callable[..., Any],

@@ -75,7 +75,7 @@ def run(
             also = None if beside is None else beside(start, stop)
             return _weigh(job, plan, size, wanted, start, stop, bar.update, also).finished(stop)
 
-        results = in_parts(rows, size, work, at, keep)
+        results = in_parts(rows, size, work, at, keep, shared=beside is None)
     job.note_strata(wanted.num_samples)
     if size.halvings:
         job.remarks.append(size.note)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,18 @@ class Finished(NamedTuple):
     replicates: Tensor | None = None
     prefixes: Sequence[tuple[int, Tensor, Tensor, Tensor]] = ()
     acceptance: Sequence[Tensor] = ()
+
+    def to(self, device: torch.device | str) -> Finished:
+        """The same on another device."""
+        return Finished(*(_moved(value, device) for value in self))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return tuple(_moved(item, device) for item in value)
+    return value
 
 
 class Moments:
