@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.inference.likelihood.ranks import num_processes
 from lvppl.inference.minibatch import num_rows
 
 __all__ = [
