@@ -64,16 +64,27 @@ _OURS: dict[Any, Callable[..., Tensor | None]] = {
 
 
 def _tanh_fits(x: Any) -> bool:
-    return _fits(x) and x.numel() >= _WORTH_TANH and tanh_pays()
+    return _fits(x) and x.numel() >= _WORTH_TANH and tanh_pays() and not _differentiated()
+
+
+def _differentiated() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which no_grad does not stop."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    level = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return level >= 0 or (active is not None and bool(active()))
 
 
 def _linear_fits(x: Any, weight: Any, bias: Any = None) -> bool:
     given = [t for t in (x, weight, bias) if t is not None]
     return (
         all(_fits(t) for t in given)
+        and not _differentiated()
+        # oneDNN reads a bias as if it were contiguous, whatever its strides
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not torch.is_autocast_enabled("cpu")
         and weight.dim() == 2
         and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]
         and x.numel() * len(weight) >= _WORTH
         and linear_pays()
     )

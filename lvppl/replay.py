@@ -691,6 +691,9 @@ def _closed_kl(q: Any, p: Any) -> Tensor | None:
     if is_point({"fn": q}):  # Pyro's rule for Delta leaves out its log-density
         return None
     try:
+        if q.batch_shape != p.batch_shape:  # some of torch's rules do not broadcast
+            shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+            q, p = q.expand(shape), p.expand(shape)
         return kl_divergence(q, p)
     except NotImplementedError:
         return None

@@ -33,6 +33,26 @@ def calls(monkeypatch):
 @need
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 30), (1, 30), (4, 3, 30), (2, 4, 3, 30)])
+@pytest.mark.skipif(not linear_pays(), reason="torch's own layers are used here")
+@pytest.mark.parametrize("kind", ["column", "expanded"])
+def test_a_bias_of_any_strides(kind):
+    x, weight = torch.randn(4096, 64), torch.randn(64, 64)
+    bias = {"column": torch.randn(64, 2)[:, 1], "expanded": torch.randn(1).expand(64)}[kind]
+    with torch.no_grad(), FastLayers():
+        found = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(found, x @ weight.T + bias, rtol=1e-4, atol=1e-3)
+
+
+def test_forward_derivatives_go_through():
+    x, weight = torch.randn(4096, 64), torch.randn(64, 64)
+    ones = torch.ones_like(x)
+    with torch.no_grad(), FastLayers():
+        _, linear = torch.func.jvp(lambda r: torch.nn.functional.linear(r, weight), (x,), (ones,))
+        _, tanh = torch.func.jvp(torch.tanh, (x,), (ones,))
+    torch.testing.assert_close(linear, ones @ weight.T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(tanh, 1 - x.tanh().square(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_numbers_are_those_of_torch(calls, shape, bias):
     layer = nn.Linear(30, 17, bias=bias)
     for x in (torch.randn(shape), torch.randn(30, *shape[:-1]).movedim(0, -1)):

@@ -18,6 +18,7 @@ from lvppl.factor_graph import enumerating
 from lvppl.layout import layout_of
 from lvppl.objectives.elbo import ELBO
 from lvppl.seeding import derived_seed, seeded
+from lvppl.simulation import HeldValues
 from lvppl.sweep.joint import states_of
 from lvppl.terms import trace_terms
 
@@ -176,7 +177,8 @@ class _FreeNormal:
         if self.is_full:
             factor = transform_to(constraints.lower_cholesky)(free_scale)
             loc = self.loc + (self.scale @ offset.unsqueeze(-1)).squeeze(-1)
-            return dist.MultivariateNormal(loc, scale_tril=self.scale @ factor)
+            law = dist.MultivariateNormal(loc, scale_tril=self.scale @ factor)
+            return law.to_event(self.event_dim - 1)
         scale = self.scale * free_scale.exp()
         return dist.Normal(self.loc + self.scale * offset, scale).to_event(self.event_dim)
 
@@ -255,7 +257,7 @@ def _searchable(
 ) -> dict[str, Any]:
     """The guide's distributions, each a function of the data; refuses all others by name."""
     with torch.no_grad():
-        first, second = (poutine.trace(guide).get_trace(*data, **kwargs) for _ in range(2))
+        first, second = _two_runs(guide, data, kwargs)
     sites = {}
     for name in names:
         found, again = (_without_independent(t.nodes[name]["fn"]) for t in (first, second))
@@ -275,6 +277,23 @@ def _searchable(
             )
         sites[name] = first.nodes[name]["fn"]
     return sites
+
+
+def _two_runs(guide: Program, data: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Traces with other draws: of a discrete latent the first and the last of its values."""
+    trace = poutine.trace(guide).get_trace(*data, **kwargs)
+    supports: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site["is_observed"]:
+            base: Any = _without_independent(site["fn"])
+            if type(base).__name__ in _DISCRETE:
+                value: Any = site["value"]
+                supports[name] = base.enumerate_support(expand=False), value
+    ends = []
+    for end in (0, -1):
+        values = {name: all_[end].expand_as(like) for name, (all_, like) in supports.items()}
+        ends.append(poutine.trace(HeldValues(values)(guide)).get_trace(*data, **kwargs))
+    return ends[0], ends[1]
 
 
 def _parameters_of(fn: Any) -> tuple[Tensor, ...]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lvppl.sweep.quadratic import Quadratic, all_bits, bits_from
 
-__all__ = ["BernoulliSum"]
+__all__ = ["BernoulliSum", "softplus"]
 
 _GROUP = 4  # visibles multiplied out together: 2^4 / 4 multiply-adds each, the best of 2 to 8
 _INNER = {"cpu": 9}  # most bits of b, whose table is kept
@@ -61,12 +61,12 @@ class BernoulliSum:
         inner = min(n // 2, _INNER.get(device, _INNER_ACCELERATOR))
         outer, states = n - inner, 2 ** (n - inner)
         bits_b = all_bits(inner, self.base)
-        softplus = _Softplus(self.base, self.slope, bits_b)
+        softplus_sums = _Softplus(self.base, self.slope, bits_b)
         total = self.quadratic.constant.new_full(self.quadratic.constant.shape, -math.inf)
         rows = max(1, _BLOCK.get(device, _BLOCK_ACCELERATOR) // len(bits_b))
         for start in range(0, states, rows):
             bits_a = bits_from(start, min(rows, states - start), outer, self.base)
-            sums = softplus(bits_a)
+            sums = softplus_sums(bits_a)
             each = [
                 (alone.over(bits_a, bits_b)[0] - sums).flatten().logsumexp(0)
                 for alone in self.quadratic.split()
@@ -75,13 +75,18 @@ class BernoulliSum:
         return total
 
 
+def softplus(x: Tensor) -> Tensor:
+    """ln(1 + eˣ) to the last digit: torch's own is x above 20."""
+    return -torch.nn.functional.logsigmoid(-x)
+
+
 class _Softplus:
     """Σ_v softplus(base_v + slope_v z) of blocks of states z = (a, b), for all b together."""
 
     def __init__(self, base: Tensor, slope: Tensor, bits_b: Tensor) -> None:
         outer = len(slope) - bits_b.shape[1]
         largest = base + slope.clamp(min=0).sum(0)
-        at_most = torch.nn.functional.softplus(largest)
+        at_most = softplus(largest)
         alone = at_most > _LARGEST / _GROUP  # a group of such could underflow
         self.base, self.slope = base, slope[:outer]
         self.others = alone.nonzero().flatten()
@@ -113,7 +118,7 @@ class _Softplus:
             total += product.log_()
         others_a = self.base[self.others] + bits_a @ self.slope[:, self.others]
         for one, other in zip(others_a.t(), self.others_b.t(), strict=True):
-            total += torch.nn.functional.softplus(one[:, None] + other)
+            total += softplus(one[:, None] + other)
         return total
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lvppl.errors import ProgramError
-from lvppl.sweep.bernoulli import BernoulliSum
+from lvppl.sweep.bernoulli import BernoulliSum, softplus
 from lvppl.sweep.joint import Joint
 from lvppl.sweep.quadratic import Quadratic, probes, quadratic_of
 from lvppl.terms import Terms
@@ -133,9 +133,9 @@ def _bernoulli(known: Tensor, logits: Tensor, n: int, epsilon: float) -> Bernoul
     slack = 16 * epsilon * n * (1 + logits.abs().amax())
     if bool(((base + bits @ slope - logits).abs() > slack).any()):
         return None
-    softplus = torch.nn.functional.softplus(logits).sum(-1, keepdim=True)
-    error = 16 * epsilon * (1 + known.abs() + softplus).amax(0)
-    rest = quadratic_of(known + softplus, n, error)
+    sums = softplus(logits).sum(-1, keepdim=True)
+    error = 16 * epsilon * (1 + known.abs() + sums).amax(0)
+    rest = quadratic_of(known + sums, n, error)
     return None if rest is None else BernoulliSum(rest, base, slope)
 
 

@@ -231,6 +231,43 @@ def test_coins_by_brute_force(program, guide):
         torch.testing.assert_close(found.elbo_encoder, encoder)
 
 
+def test_a_latent_that_depends_on_a_discrete_one_is_never_searched():
+    """Two runs may draw the same value: that the parameters agree there says nothing."""
+
+    def program(y):
+        with pyro.plate("data", len(y)):
+            a = pyro.sample("a", dist.Bernoulli(torch.tensor([0.5])).to_event(1))
+            b = pyro.sample("b", dist.Normal(2 * a[..., 0] - 1, 1.0))
+            pyro.sample("y", dist.Normal(b, 0.5), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            a = pyro.sample("a", dist.Bernoulli(torch.tensor([0.5])).to_event(1))
+            pyro.sample("b", dist.Normal(2 * a[..., 0] - 1, 0.1))
+
+    for seed in range(4):
+        with pytest.raises(lvppl.ProgramError, match="'b' differ between two runs"):
+            lvppl.gaps(program, guide, torch.tensor([1.0]), num_steps=3, seed=seed)
+
+
+def test_a_batch_of_multivariate_normals_as_one_event():
+    def program(y):
+        with pyro.plate("data", len(y)):
+            root = torch.eye(2).expand(3, 2, 2)
+            law = dist.MultivariateNormal(torch.zeros(3, 2), scale_tril=root)
+            z = pyro.sample("z", law.to_event(1))
+            pyro.sample("y", dist.Normal(z.sum((-1, -2)), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            loc = 0.1 * y[:, None, None].expand(len(y), 3, 2)
+            root = torch.eye(2).expand(len(y), 3, 2, 2)
+            pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=root).to_event(1))
+
+    found = lvppl.gaps(program, guide, torch.tensor([1.0, -0.5]), num_steps=30, seed=0)
+    assert found.evidence == "exact" and (found.amortization > 0).all()
+
+
 def test_a_categorical_reaches_the_posterior():
     found = lvppl.gaps(letters, letter_guide, X, seed=0)
     q = (X[:, None] * torch.arange(4).double() / 3).log_softmax(-1)

@@ -19,6 +19,7 @@ from pyro.nn import PyroModule, PyroParam
 import lvppl
 from lvppl.errors import ProgramError
 from lvppl.inference.gradients.exact import evidence_loss, expected_loss
+from lvppl.inference.gradients.record import bias_of
 from lvppl.simulation import HeldValues
 from tests.programs import PROGRAMS, Built, Oracle, Program, log_bernoulli, log_normal
 
@@ -130,6 +131,32 @@ def test_the_likelihood_s_gradient_is_the_oracle_s():
         found = started.gradients(evidence_loss(started.built.model, started.built.args, {}))
         for key, value in truth.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10)
+
+
+def test_a_random_subsample_leaves_no_exact_gradient():
+    """One subsample's gradient is not what the mean over subsamples is to be held against."""
+    y = torch.linspace(-1.0, 2.0, 8)
+
+    def model(y):
+        m = pyro.param("m", torch.tensor(0.3))
+        with pyro.plate("data", 8, subsample_size=4) as index:
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+            pyro.sample("y", dist.Normal(m * k, 1.0), obs=y[index])
+
+    def guide(y):
+        a = pyro.param("a", torch.tensor(0.2))
+        with pyro.plate("data", 8, subsample_size=4):
+            pyro.sample("k", dist.Bernoulli(logits=a))
+
+    audit = lvppl.audit_gradients(model, guide, [lvppl.ELBO()], y, num_repetitions=20, seed=0)
+    assert all(row.bias is None and row.likelihood_bias is None for row in audit.rows)
+
+
+def test_a_small_element_s_bias_is_not_lost_beside_a_large_one():
+    mean, other = torch.tensor([1e4, 1.0]), torch.tensor([1e4, 1.3])
+    variance = torch.full((2,), 1e-5)
+    found = bias_of(mean, variance, 100, other, torch.finfo(torch.float32).eps, 99)
+    assert found.significant
 
 
 def test_what_cannot_be_listed_has_no_exact_gradient():

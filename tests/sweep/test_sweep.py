@@ -10,7 +10,7 @@ import torch
 import lvppl.sweep.bernoulli
 from lvppl.errors import ProgramError
 from lvppl.sweep import swept_evidence
-from lvppl.sweep.bernoulli import BernoulliSum, _Softplus
+from lvppl.sweep.bernoulli import BernoulliSum, _Softplus, softplus
 from lvppl.sweep.quadratic import Quadratic, all_bits
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -42,6 +42,13 @@ def program(kind: str, n: int, dim: int):
 
 @pytest.mark.parametrize("kind", ["quadratic", "bernoulli", "program"])
 @pytest.mark.parametrize("n", [1, 5, 13])
+def test_softplus_to_the_last_digit():
+    x = torch.linspace(-60.0, 60.0, 241, dtype=torch.float64)
+    torch.testing.assert_close(
+        softplus(x), torch.logaddexp(x, torch.zeros_like(x)), rtol=1e-15, atol=0
+    )
+
+
 def test_every_form_is_the_whole_table(kind, n):
     model, brute = program(kind, n, 4)
     y = torch.randn(3, 4, dtype=torch.float64)

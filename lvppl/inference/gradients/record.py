@@ -208,7 +208,7 @@ def bias_of(
     """
     error = (variance / count).sqrt()
     distance = (mean - other).abs()
-    rounding = 256 * epsilon * (mean.abs().max() + other.abs().max())
+    rounding = 256 * epsilon * (mean.abs() + other.abs() + variance.sqrt())
     excess = torch.where(distance > rounding, distance / error, torch.zeros_like(error))
     limit = float(scipy.stats.t.isf(0.5 * _FALSE_ALARM / mean.numel(), dof))
     largest = float(excess.max())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -27,7 +28,9 @@ __all__ = ["Checkpoint", "seed_of"]
 _FORMAT, _VERSION = "lvppl likelihood", 1
 _SECONDS = 5.0  # between writes: what an interruption that nothing can catch loses
 _ROWS = 8  # whose first weights tell whether it is still the same program
-_SLACK = 1e-3  # nats, and relative: what other threads and processors may round differently
+_SLACK = {torch.float64: 1e-10}
+_SLACK_SINGLE = 1e-5
+"""Nats, and relative: what other threads and processors may round differently."""
 
 
 class Checkpoint:
@@ -68,7 +71,8 @@ class Checkpoint:
             raise self._refusal(", ".join(self._difference(name, known) for name in other))
         both = content["first_weights"].to(self._first), self._first
         few = min(len(both[0]), len(both[1]))  # as batch_size has it
-        if not torch.allclose(both[0][:few], both[1][:few], _SLACK, _SLACK, equal_nan=True):
+        slack = _SLACK.get(self._first.dtype, _SLACK_SINGLE)
+        if not torch.allclose(both[0][:few], both[1][:few], slack, slack, equal_nan=True):
             raise self._refusal("this program gives its first draws other weights")
         device = self._first.device
         self.parts = [Finished(**part).to(device) for part in content["parts"]]
@@ -160,6 +164,9 @@ def _digest(value: Any) -> str:
             found.update(f"{item.dtype} {tuple(item.shape)}".encode())
             plain = item.detach().cpu().contiguous().reshape(-1)
             found.update(plain.view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, np.ndarray):
+            found.update(f"{item.dtype} {item.shape}".encode())
+            found.update(np.ascontiguousarray(item).tobytes())
         elif isinstance(item, Mapping):
             pending += [list(item.items())]
         elif isinstance(item, Sequence) and not isinstance(item, str):
