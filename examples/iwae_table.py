@@ -103,12 +103,21 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 50])
-    parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="full")
+    parser.add_argument("--layers", type=int, choices=(1, 2), default=1, help="of latents")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[1, 5, 50], help="particles of the bound: 1 5 50"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="full",
+        help="full: the paper's, days on two CPU cores; short: a minute to ten, not comparable",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and pixels")
     parser.add_argument("--device", default="auto", help="such as cuda; by default the best")
-    parser.add_argument("--out", type=Path, default=Path("runs/iwae_table"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/iwae_table"), help="folder; an old fit goes on"
+    )
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds between saves")
     return parser.parse_args()
 

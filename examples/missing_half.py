@@ -55,7 +55,7 @@ LESSON = """
 Observed pixels first: the model's completions are exact draws, and the sum is a product, without
 any error. Missing pixels first: the same kind of network draws them blindly, and few draws carry
 the average; a guide that has seen the observed half repairs it. Uniform completions of the top half
-are noise: {nats:.0f} nats are missing, and the error bar of one nat knows nothing of it.
+are noise: {nats:.0f} nats are missing, and an error bar below one nat knows nothing of it.
 """
 
 

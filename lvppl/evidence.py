@@ -54,12 +54,18 @@ class LogEvidence:
     """0-dim: the sum, scaled by full_size / size where a data plate is subsampled."""
     data_plates: tuple[str, ...]
     """The plates that ``data`` is flattened from; () where the data set is one datum."""
+    temperature: float = 1.0
+    """T, where this is F_T(y) rather than ln p(y)."""
 
     def __float__(self) -> float:
         return float(self.total.detach())
 
     def __repr__(self) -> str:
-        return f"LogEvidence({float(self):.6g} nats; {self._data})"
+        return f"LogEvidence({self._name} = {float(self):.6g} nats; {self._data})"
+
+    @property
+    def _name(self) -> str:
+        return "ln p(y)" if self.temperature == 1.0 else f"F_T(y) at T = {self.temperature:g}"
 
     @property
     def _data(self) -> str:
@@ -359,7 +365,10 @@ class ExactPosterior:
             for name, shape in ((name, self.marginals(name).shape) for name in self.sites)
         ]
         others = [f"{name} {self._shape(name)} integrated" for name in self.integrated]
-        evidence = f"ln p(y) = {float(self.log_evidence):.6g} nats; {self.log_evidence._data}"
+        evidence = (
+            f"{self.log_evidence._name} = {float(self.log_evidence):.6g} nats; "
+            f"{self.log_evidence._data}"
+        )
         return f"ExactPosterior({evidence}; {_listed([*states, *others])})"
 
     # ------------------------------------------------------------------------------------- details
@@ -422,7 +431,7 @@ def _listed(items: Sequence[str], most: int = 5) -> str:
 
 def _record(graph: FactorGraph, value: Tensor) -> LogEvidence:
     plates = tuple(plate.name for plate in graph.run.layout.data_plates)
-    return LogEvidence(value, value.sum() * graph.data_scale, plates)
+    return LogEvidence(value, value.sum() * graph.data_scale, plates, graph.temperature)
 
 
 def _positive(temperature: float) -> float:

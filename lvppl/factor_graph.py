@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
+from torch.distributions import Independent
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvppl.conjugate import Nodes
@@ -403,6 +404,14 @@ def _refuse_continuous(sites: Mapping[str, Any]) -> None:
         if site["is_observed"] or is_enumerated(site):
             continue
         kind = kind_of(site["fn"])
+        if is_discrete(site) and isinstance(site["fn"], Independent):
+            raise ProgramError(
+                f"Latent '{name}' ({kind}) is a vector of "
+                f"{site['fn'].event_shape.numel()} discrete elements in one event, which is not "
+                "enumerated here. log_likelihood(..., "
+                "estimator='exact') sums its joint states; for marginals put the elements into a "
+                "pyro.plate, or write them as sites of their own."
+            )
         if is_discrete(site):
             raise ProgramError(
                 f"Latent '{name}' ({kind}) has no finite support to enumerate. Truncate it to a "

@@ -633,7 +633,10 @@ class HalfNormalInDisguise(dist.Normal):
         (lambda z: dist.Normal(z, 1.0).mask(z > 0), "a mask that depends on it"),
         (lambda z: HalfNormalInDisguise(z, 1.0), "another density than a Normal has"),
         (lambda z: dist.Normal(z + z.flip(-1), 1.0), "location is not an affine"),
-        (lambda z: dist.Normal(z.detach(), 1.0), "in a way that has no derivative"),
+        (
+            lambda z: dist.Normal(z.detach(), 1.0),
+            "not as an affine function or not with a derivative",
+        ),
         (lambda z: dist.Normal(z.cumsum(-1), 1.0), "location is not an affine"),
     ],
 )
@@ -831,3 +834,45 @@ def test_too_many_directions():
         pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
 
     refused(program, t(0.5), "5,000 dimensions together")
+
+
+def test_double_data_under_constants_of_single_precision():
+    """The usual case with data from numpy: dist.Normal(0.0, 2.0) is float32, y is not."""
+    torch.set_default_dtype(torch.float32)
+    y = noise(5, seed=90)
+
+    def local(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def loop(y):
+        x = torch.tensor(0.0)
+        for i in range(len(y)):
+            x = pyro.sample(f"x_{i}", dist.Normal(0.9 * x, 0.5))
+            pyro.sample(f"y_{i}", dist.Normal(x, 0.8), obs=y[i])
+
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(y)
+    found = lvppl.log_evidence(local, y).per_datum
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+    torch.set_default_dtype(torch.float64)
+    whole = lvppl.log_evidence(loop, y).total
+    torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(lvppl.log_evidence(loop, y).total, whole, rtol=0, atol=1e-5)
+
+
+def test_nan_is_named_before_anything_else():
+    def program(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    refused(program, t([1.0, math.nan]), r"'y' observes nan.*missing=\"nan\"")
+
+
+def test_a_temperature_is_not_called_ln_p():
+    program, y = PROGRAMS["kalman"]
+    assert "ln p(y) =" in repr(lvppl.log_evidence(program, y))
+    assert "F_T(y) at T = 2" in repr(lvppl.log_evidence(program, y, temperature=2.0))
+    assert "F_T(y) at T = 2" in repr(lvppl.posterior(program, y, temperature=2.0))

@@ -317,7 +317,7 @@ class EM:
                 if continuous.local:  # what is integrated is checked at every datum
                     for batch in batches:
                         require_conjugate(_graph(program, batch, kwargs))
-            _require_latents(graph)
+            _require_latents(graph, continuous)
             state.claim()
             _require_double(continuous, state)
             if not state.tensors():
@@ -479,9 +479,17 @@ def _refuse_rows_of_parameters(
             )
 
 
-def _require_latents(graph: FactorGraph) -> None:
+def _require_latents(graph: FactorGraph, continuous: ContinuousLatents) -> None:
     if graph.latents or any(has_inner_latents(site["fn"]) for site in graph.sites.values()):
         return
+    if continuous.shared:
+        raise ProgramError(
+            f"Latent '{continuous.shared[0]}' is continuous and belongs to the whole data set: EM "
+            "takes it for a parameter (MAP), and nothing is left to take an expectation over. "
+            "Where it belongs to one of several sequences or groups, put these into a plate: one "
+            "sequence is y[None]. Where its integral is exact, the parameters are fitted by "
+            "gradients of -lvppl.log_evidence(model, *data).total and any optimizer of torch."
+        )
     raise ProgramError(
         "The model has no discrete latent, so that there is nothing to take an expectation over. "
         "Write pyro.sample('z', dist.Categorical(weights)) without obs=, or fit the parameters by "

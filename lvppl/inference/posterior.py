@@ -189,7 +189,7 @@ def reconstruct(
                     if mean is None:
                         raise ProgramError(
                             f"observed site '{name}' has no mean, so it cannot be reconstructed by "
-                            "one: use the draws of sample_posterior(...).predictive"
+                            "one: use the draws of fit.posterior(y).predictive"
                         )
                     total[name] = total.get(name, 0) + mean.sum(0) / num_samples
             parts.append(total)

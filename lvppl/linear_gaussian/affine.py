@@ -55,7 +55,7 @@ class AffineSite:
                 x = self._spread_out(v, points[v.name])
                 predicted = predicted + (self.columns[v.name] * x).sum(-1)
                 size = size + (self.columns[v.name] * x).abs().sum(-1)
-            tolerance = 1e-10 if actual.dtype == torch.float64 else 1e-3
+            tolerance = 1e-10 if self._is_double else 1e-3
             affine = bool(((actual - predicted).abs() <= tolerance * size).all())
             fixed = torch.allclose(law.spread, self.spread, rtol=tolerance, atol=0.0)
         if affine and fixed:
@@ -70,6 +70,12 @@ class AffineSite:
             "estimator='importance'), or make it a parameter (pyro.param)."
         )
 
+    @property
+    def _is_double(self) -> bool:
+        """Whether nothing of the site was computed in single precision."""
+        tensors = [self.law.location, self.spread, *(v.frame.centre for v in self.scope)]
+        return all(t.dtype == torch.float64 for t in tensors)
+
     def _require_normal(self, found: Any, law: Law) -> None:
         """Refuse a mask that moves, and a subclass of Normal that has another density."""
         masks = [(law.mask, self.law.mask), (found["mask"], self.site["mask"])]
@@ -82,7 +88,7 @@ class AffineSite:
                 law.log_normaliser(law.spread) - 0.5 * squares,
                 fn.log_prob(found["value"]),
             )
-            tolerance = 1e-8 if actual.dtype == torch.float64 else 1e-3
+            tolerance = 1e-8 if self._is_double else 1e-3
             normal = (actual - expected).abs() <= tolerance * (1 + expected.abs() + squares)
         if same and bool(normal.all()):
             return

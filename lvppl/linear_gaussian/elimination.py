@@ -327,7 +327,7 @@ def _detached(residual: Residual) -> Residual:
 
 
 def _too_large(gaussian: str, elements: int, width: int, states: Sequence[str]) -> str:
-    reason = f"{width:,} dimensions meet there"
+    reason = f"{width:,} {'dimension meets' if width == 1 else 'dimensions meet'} there"
     if states:
         names = ", ".join(map(repr, states[:6])) + (", ..." if len(states) > 6 else "")
         reason += f", for all states of {names} together"

@@ -18,6 +18,7 @@ Batch dimensions are packed: ``dims`` names them by one symbol each, plates and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ __all__ = [
     "Residual",
     "aligned",
     "common_shape",
+    "in_one_dtype",
     "integrated_out",
     "product",
     "without_plates",
@@ -115,6 +117,23 @@ class Quadratic:
     bound: Tensor
     """(*dims, d): how large the terms were that the diagonal of P is the sum or difference of."""
     dims: str
+
+
+def in_one_dtype(residuals: Sequence[Residual]) -> list[Residual]:
+    """In the most precise dtype of all: float64 data under a prior of float32, say."""
+    dtype = functools.reduce(
+        torch.promote_types,
+        (t.dtype for r in residuals for t in (r.offset, r.jacobian, r.constant)),
+    )
+    return [
+        replace(
+            r,
+            offset=r.offset.to(dtype),
+            jacobian=r.jacobian.to(dtype),
+            constant=r.constant.to(dtype),
+        )
+        for r in residuals
+    ]
 
 
 def aligned(tensor: Tensor, dims: str, wanted: str, event_dim: int) -> Tensor:

@@ -23,7 +23,7 @@ from lvppl.enumerated import is_one, require_no_sequential_subsample, user_scale
 from lvppl.errors import ProgramError
 from lvppl.layout import Layout
 from lvppl.linear_gaussian.affine import AffineSite, Discrete, law_of, move_of
-from lvppl.linear_gaussian.factors import Residual
+from lvppl.linear_gaussian.factors import Residual, in_one_dtype
 from lvppl.linear_gaussian.placing import Placed, gaussian_law
 from lvppl.linear_gaussian.variables import Variable, variables_of
 from lvppl.packing import Packing
@@ -65,6 +65,8 @@ def recognised(
         ProgramError: by latent and site, where they are not linear-Gaussian.
     """
     sites = base.model_sites
+    for site in sites.values():
+        _require_no_nan(site)
     with torch.enable_grad():
         scopes = _scopes(base, placed)
     variables = variables_of(sites, scopes, placed.frames)
@@ -78,7 +80,8 @@ def recognised(
     affine = _affine_sites(run, sites, scopes, variables)
     for number in range(len(_PROBES)):
         _require_as_read(run, base, affine, variables, number)
-    return variables, [s.residual(base, packing, around, temperature) for s in affine.values()]
+    residuals = [s.residual(base, packing, around, temperature) for s in affine.values()]
+    return variables, in_one_dtype(residuals)
 
 
 def _affine_sites(
@@ -175,6 +178,15 @@ def _weighed(output: Tensor, generator: torch.Generator) -> Tensor:
     return (output * weight.to(output)).sum()
 
 
+def _require_no_nan(site: Any) -> None:
+    value = site["value"]
+    if site["is_observed"] and isinstance(value, Tensor) and bool(value.isnan().any()):
+        raise ProgramError(
+            f"Site '{site['name']}' observes nan: a missing value has no density. "
+            'missing="nan" takes it for one; otherwise fill it and mask it.'
+        )
+
+
 def _require_whole(site: Any, scope: Sequence[Variable], layout: Layout) -> None:
     """A poutine.scale or a subsample would make another power of the density."""
     name = site["name"]
@@ -258,7 +270,7 @@ def _require_same(base: Replay, site: Any, found: Any, variables: Mapping[str, V
         names = ", ".join(f"'{name}'" for name in variables)
         raise ProgramError(
             f"Site '{site['name']}' ({kind_of(site['fn'])}) changes with the Gaussian latents of "
-            f"the program ({names}) in a way that has no derivative: their integral has no closed "
-            "form. Give them a guide (lvppl.SVI, lvppl.log_likelihood with "
+            f"the program ({names}), but not as an affine function or not with a derivative: their "
+            "integral has no closed form. Give them a guide (lvppl.SVI, lvppl.log_likelihood with "
             "estimator='importance')."
         )

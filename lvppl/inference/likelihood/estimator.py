@@ -32,7 +32,7 @@ from lvppl.inference.likelihood.checks import (
 )
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
 from lvppl.inference.likelihood.exact import ExactSum, exact_sum, finite_states
-from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.job import Job, Plan, in_blocks, plan_of
 from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import Proposal, defended, importance, prior, uniform
 from lvppl.inference.likelihood.ranks import agreed, num_processes, share, together
@@ -175,6 +175,8 @@ def log_likelihood(
             found = annealed_estimate(job, wanted, *chunks, annealing, progress, checkpoint, known)
         else:
             plan = plan_of(job, num_samples, batch_size, sample_chunk)
+            if checkpoint is not None and batch_size is None:
+                plan = in_blocks(plan, job.rows or 1)
             keep = None if checkpoint is None else Checkpoint(checkpoint, job, plan, known)
             found = _sampled(job, plan, wanted, progress, keep)
     if bin_width is not None and found.num_continuous == 0:

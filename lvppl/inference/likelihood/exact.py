@@ -81,7 +81,7 @@ def _by_quadrature(
     return ExactSum(
         found.log_prob,
         f"by quadrature, {found.num_points:,} points a datum; the last doubling of the points "
-        f"moved it by {found.error:.1g} of itself at most",
+        f"moved it by {max(found.error, 1e-16):.1g} of itself at most",
     )
 
 

@@ -20,7 +20,7 @@ from lvppl.seeding import derived_seed, seeded
 from lvppl.terms import Terms, trace_terms
 from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
 
-__all__ = ["Job", "Plan", "plan_of"]
+__all__ = ["Job", "Plan", "in_blocks", "plan_of"]
 
 Program = Callable[..., Any]
 
@@ -189,6 +189,14 @@ def plan_of(job: Job, num_samples: int, batch_size: int | None, sample_chunk: in
     chunk = min(num_samples, chunk)
     chunk = 1 if layout.loop_reason else chunk
     return Plan(layout, plate, batch, chunk, obstacle)
+
+
+_BLOCKS = 32
+
+
+def in_blocks(plan: Plan, rows: int) -> Plan:
+    """A plan with some tens of parts of rows at least: each is kept on disk when it is done."""
+    return plan if plan.whole else plan._replace(batch=min(plan.batch, -(-rows // _BLOCKS)))
 
 
 def _evenly(number: int, most: int) -> int:

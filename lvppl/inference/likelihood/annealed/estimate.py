@@ -28,7 +28,7 @@ from lvppl.inference.likelihood.annealed.pilot import tuned
 from lvppl.inference.likelihood.checkpoint import Checkpoint
 from lvppl.inference.likelihood.checks import check_weights
 from lvppl.inference.likelihood.estimate import LikelihoodEstimate
-from lvppl.inference.likelihood.job import Job, Plan, plan_of
+from lvppl.inference.likelihood.job import Job, Plan, in_blocks, plan_of
 from lvppl.inference.likelihood.memory import PassSize
 from lvppl.inference.likelihood.parts import in_parts
 from lvppl.inference.likelihood.passes import Wanted
@@ -67,6 +67,8 @@ def annealed_estimate(
     options = options or Annealing()
     num_samples = wanted.num_samples
     plan = plan_of(unmarked(job), num_samples, batch_size, sample_chunk)
+    if checkpoint is not None and batch_size is None:
+        plan = in_blocks(plan, job.rows or 1)
     keep = None
     if checkpoint is not None:
         keep = Checkpoint(checkpoint, unmarked(job), plan, {**known, "annealing": options})
