@@ -17,7 +17,8 @@ from lvppl.errors import ProgramError
 from lvppl.factor_graph import NothingLarge, TooLarge, graph_of
 from lvppl.layout import layout_of
 from lvppl.linear_gaussian import gaussian_law
-from lvppl.tracing import is_enumerated, sample_sites, trace_pair, undisturbed
+from lvppl.sweep.joint import states_of
+from lvppl.tracing import is_discrete, is_enumerated, sample_sites, trace_pair, undisturbed
 
 __all__ = ["Verdict", "verdict_on_evidence"]
 
@@ -61,6 +62,14 @@ def verdict_on_evidence(
             "what depends on a Gaussian latent is Normal with a mean affine in it and a fixed "
             "covariance: linear-Gaussian algebra gives ln P(y).",
         )
+    if all(is_discrete(site) for site in latents):
+        states = _joint_states(model, args, kwargs)
+        if states is not None:
+            return Verdict(
+                "exact",
+                f"a sum over the {states:,} joint states of each datum (log_likelihood, "
+                "estimator='exact').",
+            )
     factor = next((row.name for row in rows if row.role == "factor"), None)
     if factor is not None:
         return Verdict(
@@ -78,6 +87,7 @@ def verdict_on_evidence(
 
 
 _MOST_ELEMENTS = 10**7
+_MOST_SWEPT = 2**26  # as of any program; two forms are swept beyond
 
 
 def _finite_sum(model: Program, args: Any, kwargs: Any, latents: list[Any]) -> Verdict:
@@ -115,6 +125,15 @@ def _number_of_terms(model: Program, args: Any, kwargs: Any) -> int:
         if log_prob.dim() > layout.nesting:
             factors[site["name"]] = (site, log_prob)
     return Enumerated(factors, layout).cost()[0]
+
+
+def _joint_states(model: Program, args: Any, kwargs: Any) -> int | None:
+    """Of one datum, where every latent is finite and a sweep over them is not hopeless."""
+    try:
+        size = int(states_of(model, args, kwargs, layout_of(model, None, args, kwargs)).size)
+    except ProgramError:
+        return None
+    return size if size <= _MOST_SWEPT else None
 
 
 def _log10_states(site: Any) -> float:

@@ -210,3 +210,13 @@ def test_a_masked_latent_is_drawn_from_its_prior_all_the_same():
     torch.testing.assert_close(exact, dist.Normal(0.0, 2**0.5).log_prob(y))
     drawn = lvppl.log_likelihood(model, y, estimator="prior", num_samples=20000, seed=0)
     assert ((drawn.log_prob - exact).abs() < 5 * drawn.std_error).all()
+
+
+def test_a_vector_of_bits_has_a_sum_over_its_joint_states():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((8,), 0.4)).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    verdict = lvppl.check(model, None, torch.randn(4)).evidence
+    assert verdict.kind == "exact" and "256 joint states of each datum" in verdict.sentence

@@ -289,8 +289,8 @@ class LikelihoodEstimate:
         rough = self.rough.numel()
         if rough:
             text += (
-                f"\n  k-hat about 0.5 or above for {rough} more: the variance of their weights may "
-                "be infinite, and their errors larger than stated"
+                f"\n  k-hat about 0.5 or above for {rough} more: large weights that were not drawn "
+                "may count, and their errors be larger than stated"
             )
         return text
 
