@@ -183,6 +183,10 @@ def filler(fn: Any, like: Tensor) -> Tensor:
         fn = fn.base_dist
     if isinstance(fn, HiddenMarkov):
         return filler(fn.observation_dist, like)
+    if isinstance(fn, td.TransformedDistribution):
+        pushed = _pushed(fn, like)
+        if pushed is not None:
+            return pushed
     support: Any = support_of(fn)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -198,6 +202,26 @@ def filler(fn: Any, like: Tensor) -> Tensor:
     if high is None or support.is_discrete:
         return low.max() + step
     return _between(low, torch.as_tensor(high).to(like), like)
+
+
+@torch.no_grad()
+def _pushed(fn: Any, like: Tensor) -> Tensor | None:
+    """The image of the base's filler, since a declared codomain may be wider than the support.
+
+    None where the base declares too much itself, or a transform only has an inverse.
+    """
+    try:
+        shape = like.shape
+        for transform in reversed(fn.transforms):
+            shape = transform.inverse_shape(shape)
+        start = like.new_empty(()).expand(shape)
+        value = filler(fn.base_dist, start).expand(shape)
+        for transform in fn.transforms:
+            value = transform(value)
+        inside = bool(fn.support.check(value).all()) and bool(value.isfinite().all())
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+    return value.to(like) if inside and value.shape == like.shape else None
 
 
 def _holds_zero(support: Any) -> bool:
