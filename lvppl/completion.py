@@ -39,6 +39,9 @@ def completion(name: str, fn: Any, missing: Tensor, value: Tensor) -> Any:
         base = completion(name, fn.base_dist, missing, value)
         return Independent(base, fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
+        # A mask leaves factors out of ln p(y), which the weights have seen to. What a missing
+        # value may be is the distribution's to say, a user's mask or none: elements that are
+        # hidden but not missing keep their values, and so inform the missing ones of their event.
         return completion(name, fn.base_dist, missing, value)
     if isinstance(fn, HiddenMarkov):
         raise ProgramError(
@@ -168,7 +171,9 @@ class _Mixture(_Completion):
         value, missing = (t.unsqueeze(-1 - dims) for t in (self.value, self.missing))
         each = self.fn.component_distribution
         prior = self.fn.mixture_distribution.logits.log_softmax(-1)
-        r = (prior + each.log_prob(value)).softmax(-1)
+        # of a wholly missing event nothing was observed: value holds a filler, which says nothing
+        whole = self.missing.flatten(-dims).all(-1, keepdim=True)
+        r = (prior + each.log_prob(value).masked_fill(whole, 0.0)).softmax(-1)
         return r, completion(self.name, each, missing, value)
 
     def _over(self, r: Tensor) -> Tensor:

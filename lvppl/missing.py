@@ -7,7 +7,9 @@ What a program receives is settled here, for every routine alike:
 - The *model* receives the data as they are. Where a site observes a NaN, that element is summed or
   integrated out of the site's distribution (:mod:`lvppl.observed_part`), and something of the
   support stands in its place, which no value or gradient depends on. A model that reads a NaN
-  elsewhere computes with it, and is refused, since its terms are NaN.
+  elsewhere is refused: where it computes with it, since its terms are NaN; where it compares it or
+  makes a whole number of it, at that statement (:mod:`lvppl.decided_by_nan`). What a model does
+  with a NaN outside torch, or compiled, is not noticed, nor what it fills itself (``nan_to_num``).
 - The *guide* receives the data with 0 for every NaN, as an encoder network does in Mattei and
   Frellsen (2019), "MIWAE", ICML, section 3.2. A guide that should know what is missing takes
   ``~y.isnan()`` as a further argument of both programs.
@@ -32,6 +34,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import constraints
 
+from lvppl.decided_by_nan import DecidedByNaN
 from lvppl.distributions import HiddenMarkov
 from lvppl.errors import ProgramError
 from lvppl.observed_part import MissingElements, needs_draws, observed_part
@@ -144,6 +147,16 @@ class MissingValues(Messenger):
     def __init__(self, *, parts: bool = True, draws: bool = True) -> None:
         super().__init__()
         self.parts, self.draws = parts, draws
+        self._decisions = DecidedByNaN(ELSEWHERE)
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        self._decisions.__enter__()
+        return entered
+
+    def __exit__(self, *raised: Any) -> None:
+        self._decisions.__exit__(*raised)
+        super().__exit__(*raised)
 
     def _pyro_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -183,6 +196,10 @@ def filler(fn: Any, like: Tensor) -> Tensor:
         fn = fn.base_dist
     if isinstance(fn, HiddenMarkov):
         return filler(fn.observation_dist, like)
+    if isinstance(fn, td.TransformedDistribution):
+        pushed = _pushed(fn, like)
+        if pushed is not None:
+            return pushed
     support: Any = support_of(fn)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -198,6 +215,26 @@ def filler(fn: Any, like: Tensor) -> Tensor:
     if high is None or support.is_discrete:
         return low.max() + step
     return _between(low, torch.as_tensor(high).to(like), like)
+
+
+@torch.no_grad()
+def _pushed(fn: Any, like: Tensor) -> Tensor | None:
+    """The image of the base's filler, since a declared codomain may be wider than the support.
+
+    None where the base declares too much itself, or a transform only has an inverse.
+    """
+    try:
+        shape = like.shape
+        for transform in reversed(fn.transforms):
+            shape = transform.inverse_shape(shape)
+        start = like.new_empty(()).expand(shape)
+        value = filler(fn.base_dist, start).expand(shape)
+        for transform in fn.transforms:
+            value = transform(value)
+        inside = bool(fn.support.check(value).all()) and bool(value.isfinite().all())
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+    return value.to(like) if inside and value.shape == like.shape else None
 
 
 def _holds_zero(support: Any) -> bool:

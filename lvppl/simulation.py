@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from lvppl.errors import ProgramError
+from lvppl.missing import MISSING
 from lvppl.tracing import sample_sites, traced
 
 __all__ = ["HeldValues", "Simulated", "simulated"]
@@ -62,7 +63,7 @@ def simulated(
         remedy: what to do where the model cannot be simulated.
 
     Raises:
-        ProgramError: the model has a ``pyro.factor``, or observes nothing.
+        ProgramError: the model has a ``pyro.factor``, observes nothing, or takes NaN as missing.
     """
     trace = traced("model", poutine.uncondition(model), args, kwargs)
     sites = sample_sites(trace)
@@ -75,6 +76,12 @@ def simulated(
     seen = {s["name"]: s for s in sites if s["infer"].get("was_observed")}
     if not seen:
         raise ProgramError("The model observes nothing: there are no data to simulate.")
+    incomplete = [name for name, site in seen.items() if MISSING in site["infer"]]
+    if incomplete:
+        raise ProgramError(
+            f"missing=\"nan\" and simulated data do not go together: site '{incomplete[0]}' would "
+            f"be simulated complete, unlike the data. {remedy}"
+        )
     new, apart = list(args), []
     for name, site in seen.items():
         data = site["infer"]["obs"]

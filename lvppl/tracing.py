@@ -190,10 +190,15 @@ def subsampled_plates(sites: Iterable[Message]) -> set[str]:
     }
 
 
-def kind_of(fn: Any) -> str:
+def without_wrappers(fn: Any) -> Any:
+    """The distribution of the elements, neither Independent nor masked."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution"):
         fn = fn.base_dist
-    return type(fn).__name__
+    return fn
+
+
+def kind_of(fn: Any) -> str:
+    return type(without_wrappers(fn)).__name__
 
 
 def is_point(site: Message) -> bool:

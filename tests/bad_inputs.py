@@ -566,6 +566,25 @@ def first_column_guide(y: Tensor) -> None:
         pyro.sample("z", dist.Normal(loc + y[:, 0], 1.0))
 
 
+def hurdle(y: Tensor) -> None:
+    """Whether a value is positive, and its size if so."""
+    some = y > 0
+    with pyro.plate("data", len(y)):
+        pyro.sample("some", dist.Bernoulli(torch.tensor(0.9)), obs=some.float())
+        with pyro.poutine.mask(mask=some):
+            pyro.sample("y", dist.LogNormal(0.0, 1.0), obs=torch.where(some, y, 1.0))
+
+
+def by_the_last(y: Tensor) -> None:
+    """Each step depends on whether the one before was 1."""
+    last = torch.zeros(len(y))
+    with pyro.plate("data", len(y)):
+        for t in range(y.shape[1]):
+            fn = dist.Bernoulli(torch.where(last == 1, 0.9, 0.1))
+            pyro.sample(f"y_{t}", fn, obs=y[:, t])
+            last = y[:, t]
+
+
 COUPLED = observing(lambda y: dist.Dirichlet(torch.ones(2)))
 SHARES = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.125, math.nan]])
 
@@ -1984,6 +2003,42 @@ TOPICS["Missing values"] = [
             steps_in_time, GAP_FIRST, guide=first_column_guide, missing="nan", num_samples=2
         ),
         SVI__fit=lambda _: _fit(steps_in_time, first_column_guide, GAP_FIRST, missing="nan"),
+    ),
+    missing(
+        "a model that asks whether a missing value is positive",
+        "takes a missing value for a number: 'gt' … as if it had been observed … Make it a latent",
+        check=lambda _: lvppl.check(hurdle, no_guide, MISSING, missing="nan"),
+        log_likelihood=lambda _: lvppl.log_likelihood(
+            hurdle, MISSING, missing="nan", estimator="exact"
+        ),
+        SVI__fit=lambda _: _fit(hurdle, no_guide, MISSING, missing="nan"),
+        impute=lambda _: lvppl.impute(hurdle, MISSING, num_samples=2),
+    ),
+    missing(
+        "a model that asks whether a missing step was 1",
+        "takes a missing value for a number: '__eq__' … as if it had been observed",
+        log_likelihood=lambda _: lvppl.log_likelihood(
+            by_the_last, torch.tensor([[math.nan, 1.0]]), missing="nan", estimator="exact"
+        ),
+        EM__fit=lambda _: lvppl.EM(by_the_last).fit(
+            torch.tensor([[math.nan, 1.0]]), missing="nan", max_iter=1, progress=False
+        ),
+    ),
+    missing(
+        "dreams of data with missing values",
+        "missing=\"nan\" and simulated data do not go together: site 'y' … phase='wake'",
+        SVI__fit=lambda _: lvppl.SVI(
+            MODEL, GUIDE, objective=lvppl.ReweightedWakeSleep(num_particles=2, phase="sleep")
+        ).fit(MISSING, missing="nan", num_steps=1, progress=False),
+    ),
+    missing(
+        "the mean of a missing level of an OrderedLogistic",
+        "levels of 'y' are missing, and those of its OrderedLogistic have no mean",
+        impute=lambda _: lvppl.impute(
+            observing(lambda y: dist.OrderedLogistic(torch.tensor(0.2), LOCS)),
+            torch.tensor([1.0, math.nan]),
+            num_samples=2,
+        ),
     ),
     missing(
         "a part of a step of a chain whose sequences have emissions of their own",

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch import distributions as td
 
 from lvppl.completion import completion
 from lvppl.errors import ProgramError
@@ -34,13 +35,13 @@ from lvppl.inference.likelihood.job import Job, Plan, plan_of
 from lvppl.inference.likelihood.passes import Wanted, run
 from lvppl.inference.likelihood.proposals import importance, prior
 from lvppl.inference.likelihood.record import record_of
-from lvppl.inference.posterior import complete
+from lvppl.inference.posterior import complete, without_enumeration
 from lvppl.inference.psis import MIN_TAIL, tail_size
 from lvppl.missing import MISSING, with_missing
 from lvppl.replay import Replay
 from lvppl.seeding import checked_seed, derived_seed, seeded
 from lvppl.terms import Site, Terms
-from lvppl.tracing import kind_of
+from lvppl.tracing import kind_of, without_wrappers
 
 __all__ = ["Imputation", "impute"]
 
@@ -158,7 +159,8 @@ def impute(
     check_options(name, guide, num_samples, batch_size, sample_chunk, None)
     _check_imputations(num_imputations, num_samples)
     model, guide = with_missing(model, guide, "nan")
-    proposal = prior() if guide is None else importance(guide)
+    # given a draw of its latents, weighed: an enumerated q would stand in for the posterior
+    proposal = prior() if guide is None else importance(without_enumeration(guide))
     rows, seed = check_data(data, "nan"), checked_seed(seed)
     job = Job(model, proposal, data, kwargs, rows, seed, data_plate)
     with torch.no_grad():
@@ -288,10 +290,11 @@ class _SiteSums:
         rest = [i for i in range(value.dim()) if i not in own]
         self.order, self.shape, self.num_data = [*own, *rest], value.shape, terms.num_data
         self.dtype = value.dtype
-        self.levels = kind_of(site._first["fn"]) == "Categorical"
+        fn = without_wrappers(site._first["fn"])
+        self.levels = isinstance(fn, td.Categorical)  # so is OrderedLogistic
         if self.levels and not self.count and bool(missing.any()):
             raise ProgramError(
-                f"levels of '{self.name}' are missing, and the levels of a Categorical have no "
+                f"levels of '{self.name}' are missing, and those of its {kind_of(fn)} have no "
                 "mean. Ask for draws, num_imputations=..., or use OneHotCategorical, whose mean "
                 "is the probability of each level."
             )
@@ -316,17 +319,17 @@ class _SiteSums:
         return moved.permute(*range(len(lead)), *(len(lead) + i for i in where))
 
     def moments(self, site: Site) -> tuple[Tensor, Tensor] | None:
-        """E[y | y_o, z] and E[y²| y_o, z], (particles, data, elements); None where not known."""
-        means, seconds = [], []
+        """E[y | y_o, z] and Var[y | y_o, z], (particles, data, elements); None where not known."""
+        means, variances = [], []
         try:
             for run, message in site._messages():
-                mean, second = _moments(run, message)
+                mean, variance = _moments(run, message)
                 means.append(run.by_plates(mean, message, site.event_dim))
-                seconds.append(run.by_plates(second, message, site.event_dim))
+                variances.append(run.by_plates(variance, message, site.event_dim))
         except NotImplementedError:
             return None
-        mean, second = (self.by_datum(torch.cat(part)).double() for part in (means, seconds))
-        return mean, second
+        mean, variance = (self.by_datum(torch.cat(part)) for part in (means, variances))
+        return mean, variance
 
     def add(
         self,
@@ -338,16 +341,16 @@ class _SiteSums:
         """Weighted draws; what was summed before counts ``shrink`` times."""
         if moments is None:
             assert drawn is not None
-            moments = drawn.double(), drawn.double().square()
-        mean, second = moments
+            self.exact = False  # an average of draws of the values themselves
+            moments = drawn.double(), torch.zeros_like(drawn, dtype=torch.float64)
+        mean, variance = moments
         if self.levels:  # draws there are, but no mean
-            mean = second = torch.full_like(mean, math.nan)
+            mean = variance = torch.full_like(mean, math.nan)
         if self.centre is None:
             self.centre = mean.mean(0)  # so that nothing cancels in the standard error
         w, s = weight.unsqueeze(-1), shrink.unsqueeze(-1)
         mean = mean - self.centre
-        # about the centre: E(y - c)² = E y² - c (2 E y - c)
-        second = second - self.centre * (2 * mean + self.centre)
+        second = variance + mean.square()
         self.mean = s * self.mean + (w * mean).sum(0)
         self.second = s * self.second + (w * second).sum(0)
         new = [(w.square() * mean**power).sum(0) for power in range(3)]
@@ -385,12 +388,15 @@ class _SiteSums:
 
 
 def _moments(run: Replay, message: Any) -> tuple[Tensor, Tensor]:
-    """E[y | y_o] and E[y² | y_o] of a site, enumerated latents averaged over their posterior."""
+    """E[y | y_o] and Var[y | y_o] of a site, enumerated latents averaged over their posterior.
+
+    In double precision, and about the mean: E y² - (E y)² would cancel.
+    """
     name, missing = message["name"], message["infer"][MISSING]
     given = completion(name, message["fn"], missing, message["value"])
-    mean = given.mean
-    second = given.variance + mean.square()
-    return run.averaged(message, mean), run.averaged(message, second)
+    each = given.mean.double()
+    mean = run.averaged(message, each)
+    return mean, run.averaged(message, given.variance.double() + (each - mean).square())
 
 
 def _joined(parts: Sequence[_Sums], estimate: LikelihoodEstimate) -> Imputation:

@@ -232,7 +232,7 @@ def sample_prior(
             "site as a pyro.sample of a distribution."
         )
     names = {site["name"] for site in sites if site["is_observed"]}
-    free = _Released()(_without_enumeration(model))
+    free = _Released()(without_enumeration(model))
     job = _Job.of(free, None, data, kwargs, num_samples, None, seed)
     parts: list[Prior] = []
     with torch.no_grad():
@@ -362,7 +362,7 @@ class _Pass:
     first_sample: int
 
 
-def _without_enumeration(program: Program) -> Program:
+def without_enumeration(program: Program) -> Program:
     return poutine.infer_config(program, config_fn=cast(Any, lambda site: {"enumerate": None}))
 
 
@@ -392,7 +392,7 @@ def _prepared(
     if not enumerated:
         return model, guide
     assert guide is not None
-    return _without_enumeration(model), _without_enumeration(guide)
+    return without_enumeration(model), without_enumeration(guide)
 
 
 # ------------------------------------------------------------------------------- from one replay

@@ -114,7 +114,7 @@ class ReweightedWakeSleep(Objective):
         )
         with torch.no_grad():
             dream = simulated(model, args, kwargs, remedy)
-        dream.require_replaced(f"Write obs=y with y an argument, or use phase='wake'. {remedy}")
+        dream.require_replaced("Write obs=y with y an argument, or use phase='wake'.")
         held = HeldValues({**dream.latents, **dream.subsamples})
         run = Replay(
             poutine.condition(model, data=dream.observed),

@@ -803,6 +803,260 @@ def test_sites_in_inner_plates_are_imputed_in_their_shape():
     assert found.plates["a"] == ("features", "data")
 
 
+PAIR = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["guide", "guide and model"])
+def test_an_enumerated_guide_proposes_but_does_not_decide(marked: bool):
+    """E[y_2 | y_1] = tanh(y_1) under equal weights, whatever q says; imputations, too."""
+
+    def model(y: Tensor) -> None:
+        infer = {"enumerate": "parallel"} if marked else {}
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])), infer=infer)
+            pyro.sample("y", dist.Normal(PAIR[k], 1.0).to_event(1), obs=y)
+
+    def guide(y: Tensor, how: str | None = "parallel") -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("k", dist.Categorical(torch.tensor([0.7, 0.3])), infer={"enumerate": how})
+
+    y = torch.tensor([[1.0, NAN]]).repeat(3, 1)
+    options: dict[str, Any] = {"num_samples": 4000, "num_imputations": 400, "seed": 0}
+    found = lvppl.impute(model, y, guide=guide, **options)
+    gap = (found.values["y"][:, 1] - math.tanh(1.0)).abs()
+    error = found.std_error["y"][:, 1]
+    assert bool((gap < 4.5 * error).all()) and 0 < float(error.min()) < 0.02
+    sd = math.sqrt(2 - math.tanh(1.0) ** 2)
+    score = (found.draws["y"][..., 1].mean(0) - math.tanh(1.0)) / (sd / 20)
+    assert float(score.abs().max()) < 4.5
+    if not marked:  # draws are those of the same guide without the mark
+        drawn = lvppl.impute(model, y, guide=lambda y: guide(y, None), **options)
+        assert torch.equal(found.values["y"], drawn.values["y"])
+
+
+def test_a_wholly_missing_event_of_a_mixture_has_the_prior_weights():
+    """Where nothing is missing in part: the filler does not say which component it was."""
+    loc = torch.tensor([[-3.0, -3.0], [1.0, 1.0]])
+    half = dist.Categorical(torch.tensor([0.5, 0.5]))
+    for each in (
+        dist.Normal(loc, 1.0).to_event(1),
+        dist.MultivariateNormal(loc, torch.eye(2)),
+    ):
+        fn = dist.MixtureSameFamily(half, each)
+        found = lvppl.impute(
+            observing(lambda fn=fn: fn),
+            torch.tensor([[NAN, NAN], [1.0, 2.0]]),
+            num_samples=4000,
+            num_imputations=4000,
+            seed=0,
+        )
+        close(found.values["y"], torch.tensor([[-1.0, -1.0], [1.0, 2.0]]))
+        close(found.std["y"], torch.tensor([[5.0, 5.0], [0.0, 0.0]]).sqrt())
+        score = (found.draws["y"][:, 0].mean(0) + 1.0) / (5 / 4000) ** 0.5
+        assert float(score.abs().max()) < 4.5
+
+
+def test_spread_far_from_zero_in_single_precision():
+    """sd[y | y_o] is not the difference of two large squares."""
+
+    def single(y: Tensor) -> None:
+        loc, scale = torch.tensor([1000.0, 1001.0]).float(), torch.tensor(0.1).float()
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, scale).to_event(1), obs=y)
+
+    def mixed(y: Tensor) -> None:
+        loc, scale = torch.tensor([1000.0, 1001.0]).float(), torch.tensor(0.1).float()
+        with pyro.plate("data", len(y)):
+            k = pyro.sample(
+                "k",
+                dist.Categorical(torch.tensor([0.5, 0.5]).float()),
+                infer={"enumerate": "parallel"},
+            )
+            pyro.sample("y", dist.Normal(loc[k], scale), obs=y)
+
+    y = torch.tensor([[NAN, 1001.0], [NAN, NAN]], dtype=torch.float32)
+    found = lvppl.impute(single, y, num_samples=10)
+    assert found.std["y"].dtype == torch.float32
+    close(found.std["y"], torch.tensor([[0.1, 0.0], [0.1, 0.1]]), 1e-6)
+    found = lvppl.impute(mixed, y[:1, 0], num_samples=10)
+    close(found.values["y"], 1000.5, 1e-6)
+    close(found.std["y"], math.sqrt(0.1**2 + 0.5**2), 1e-6)
+
+
+def test_averages_of_draws_have_an_error_without_latents():
+    """Where a distribution has no mean, values are those of S draws, and so is their error."""
+    fn = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.SigmoidTransform()])
+    y = torch.tensor([0.3, NAN]).repeat(200)
+    found = lvppl.impute(observing(lambda: fn), y, num_samples=50, num_imputations=50, seed=0)
+    holes = y.isnan()
+    drawn = found.draws["y"][:, holes]
+    close(found.values["y"][holes], drawn.mean(0))
+    close(found.std["y"][holes], drawn.std(0, correction=0))
+    close(found.std_error["y"][holes], drawn.std(0, correction=0) / 50**0.5)
+    score = (found.values["y"][holes] - 0.5) / found.std_error["y"][holes]
+    assert abs(float(score.square().mean()) - 1) < 5 * (2 / 200) ** 0.5
+    assert float(found.std_error["y"][~holes].max()) == 0.0
+
+
+def test_levels_of_a_subclass_of_categorical_have_no_mean():
+    fn = dist.OrderedLogistic(torch.tensor(0.2), torch.tensor([-1.0, 1.0]))
+    y = torch.tensor([1.0, NAN])
+    with pytest.raises(lvppl.ProgramError, match=r"levels of 'y' are missing.*OrderedLogistic"):
+        lvppl.impute(observing(lambda: fn), y, num_samples=5)
+    found = lvppl.impute(observing(lambda: fn), y, num_samples=2000, num_imputations=2000, seed=0)
+    assert bool(found.values["y"][1].isnan())
+    p = torch.stack([(found.draws["y"][:, 1] == k).double().mean() for k in range(3)])
+    error = (fn.probs * (1 - fn.probs) / 2000).sqrt()
+    assert bool(((p - fn.probs).abs() < 4.5 * error).all())
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Any]] = {
+    "positive, shifted by nothing": lambda loc: dist.TransformedDistribution(
+        dist.Normal(loc, 1.0),
+        [dist.transforms.ExpTransform(), dist.transforms.AffineTransform(0.0, 2.0)],
+    ),
+    "above 3": lambda loc: dist.TransformedDistribution(
+        dist.Gamma(loc.exp(), 1.0), [dist.transforms.AffineTransform(3.0, 0.5)]
+    ),
+    "on a simplex": lambda loc: dist.LogisticNormal(loc + torch.zeros(2), torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_beside_a_filler_of_transformed_distributions(name: str):
+    """The codomain that the last transform declares is wider than the support."""
+    loc = torch.tensor(0.3, requires_grad=True)
+    fn = TRANSFORMED[name](loc)
+    torch.manual_seed(0)
+    seen = fn.sample((3,)).detach()
+    y = torch.cat([seen[:1], torch.full_like(seen[:2], NAN), seen[1:]])
+    found = lvppl.log_evidence(observing(lambda: TRANSFORMED[name](loc)), y, missing="nan")
+    wanted = fn.log_prob(seen).sum()
+    close(found.total, wanted)
+    (a,), (b,) = (torch.autograd.grad(t, [loc]) for t in (found.total, wanted))
+    close(a, b)
+    value = filler(fn, y)
+    assert bool(fn.log_prob(value.expand(y.shape)).isfinite().all())
+
+
+@pytest.mark.parametrize("phase", ["sleep", "both"])
+def test_dreams_and_missing_values_do_not_go_together(phase: str):
+    """Whether or not these rows miss something: the next minibatch may."""
+    model, guide = small_vae()
+    objective = lvppl.ReweightedWakeSleep(num_particles=2, phase=phase)
+    for y in (Y, Y.nan_to_num(0.0)):
+        with pytest.raises(lvppl.ProgramError, match=r"do not go together.*'x'.*phase='wake'"):
+            objective.loss_and_grads(*with_missing(model, guide, "nan"), y)
+
+
+# ------------------------------------------------------------------- models that decide by a NaN
+
+
+def hurdle(y: Tensor) -> None:
+    """Whether a value is positive, and its size if so: NaN > 0 would say that it is not."""
+    with pyro.plate("data", len(y)):
+        pyro.sample("some", dist.Bernoulli(torch.tensor(0.9)), obs=(y > 0).double())
+        with poutine.mask(mask=y > 0):
+            size = torch.where(y > 0, y, 1.0)
+            pyro.sample("y", dist.LogNormal(torch.tensor(0.0), 1.0), obs=size)
+
+
+def by_the_last(y: Tensor) -> None:
+    """Each step depends on whether the one before was 1."""
+    last = torch.zeros(len(y))
+    with pyro.plate("data", len(y)):
+        for t in range(y.shape[1]):
+            fn = dist.Bernoulli(torch.where(last == 1, 0.9, 0.1))
+            pyro.sample(f"y_{t}", fn, obs=y[:, t])
+            last = y[:, t]
+
+
+STEPS = torch.tensor([[NAN, 1.0], [1.0, 1.0]])
+
+
+def test_a_model_that_compares_a_missing_value_is_refused():
+    """By every route; complete data, or what a comparison never sees, are as they were."""
+    message = "takes a missing value for a number.*Make it a latent"
+    sizes = torch.tensor([NAN, 1.0, 0.0])
+    for model, y in ((hurdle, sizes), (by_the_last, STEPS)):
+        for attempt in (
+            lambda m, y: lvppl.check(m, lambda y: None, y, missing="nan"),
+            lambda m, y: lvppl.log_likelihood(m, y, missing="nan", estimator="exact"),
+            lambda m, y: lvppl.log_evidence(m, y, missing="nan"),
+            lambda m, y: lvppl.impute(m, y, num_samples=2),
+            lambda m, y: lvppl.EM(m).fit(y, missing="nan", max_iter=1, progress=False),
+            lambda m, y: lvppl.SVI(m, lambda y: None).fit(
+                y, missing="nan", num_steps=1, progress=False
+            ),
+        ):
+            with pytest.raises(lvppl.ProgramError, match=message):
+                attempt(model, y)
+    for y in (STEPS[1:], torch.tensor([[0.0, NAN], [1.0, NAN]])):  # the last is never read
+        found = lvppl.log_evidence(by_the_last, y, missing="nan").per_datum
+        first, second = (
+            torch.where(y[:, 0] == 1, 0.1, 0.9).log(),
+            torch.where(y[:, 1].isnan(), 1.0, 0.9).log(),
+        )
+        close(found, first + second)
+
+
+DECISIONS: dict[str, Callable[[Tensor], Any]] = {
+    "<": lambda y: y < 0,
+    ">= of a view": lambda y: y[:, 1:] >= 0,
+    "of what is computed": lambda y: 2 * y.mT + 1 > 0,
+    "of an index": lambda y: y[torch.arange(1)] != 1,
+    "number first": lambda y: torch.ones(()) > y,
+    "torch.le": lambda y: torch.le(y, 0),
+    "in place": lambda y: y.clone().gt_(0),
+    "long": lambda y: y.long(),
+    "int": lambda y: y.int(),
+    "bool": lambda y: y.bool(),
+    "to": lambda y: y.to(torch.int64),
+    "to dtype": lambda y: y.to(dtype=torch.bool),
+    "type": lambda y: y.type(torch.int32),
+    "type_as": lambda y: y.type_as(torch.arange(2)),
+    "argmax": lambda y: y.argmax(-1),
+    "sort": lambda y: y.sort(-1),
+    "bucketize": lambda y: torch.bucketize(y, torch.arange(3.0)),
+    "isclose": lambda y: torch.isclose(y, torch.ones(())),
+    "if": lambda y: 1 if y[0, 0] else 0,
+    "sign": lambda y: y.sign(),
+    "nonzero": lambda y: y.nonzero(),
+    "inside a network": lambda y: nn.Threshold(0.0, 0.0)(y.gt(0).double()),
+}
+QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "isnan": lambda y: ~y.isnan() | y.isfinite(),
+    "itself": lambda y: (y != y) | (y == y),
+    "filled": lambda y: y.nan_to_num(0.0) > 0,
+    "masked": lambda y: y.masked_fill(y.isnan(), 0.0).long(),
+    "shape": lambda y: (y.shape[0] > 0, y.size(0), y.dim() > 1, len(y), y.is_floating_point()),
+    "alike": lambda y: (torch.ones_like(y, dtype=torch.bool), y.new_zeros(2, dtype=torch.long)),
+    "expanded": lambda y: (torch.tensor(True).expand_as(y), torch.broadcast_tensors(y.isnan(), y)),
+    "another": lambda y: torch.arange(2.0) > y.nanmean(),
+    "vmap": lambda y: torch.vmap(lambda row: (row > 0) | row.isnan())(y.nan_to_num(0.0)),
+    "a distribution": lambda y: dist.Normal(0.0, 1.0).support.check(y),
+}
+
+
+@pytest.mark.parametrize("name", [*DECISIONS, *QUESTIONS])
+def test_what_takes_a_nan_for_a_number(name: str):
+    def model(y: Tensor) -> None:
+        (DECISIONS | QUESTIONS)[name](y)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=y)
+
+    y = torch.tensor([[NAN, 0.5], [1.0, NAN]])
+    if name in DECISIONS:
+        with pytest.raises(lvppl.ProgramError, match="takes a missing value for a number"):
+            lvppl.log_evidence(model, y, missing="nan")
+    else:
+        found = lvppl.log_evidence(model, y, missing="nan").per_datum
+        close(found, dist.Normal(0.0, 1.0).log_prob(torch.tensor([0.5, 1.0])))
+    y = y.nan_to_num(1.0)
+    lvppl.log_evidence(model, y, missing="nan")  # of complete data nothing is refused
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 # ------------------------------------------------------------------------------ autoregressions
 
 
