@@ -2021,7 +2021,10 @@ TOPICS["Missing values"] = [
             by_the_last, torch.tensor([[math.nan, 1.0]]), missing="nan", estimator="exact"
         ),
         EM__fit=lambda _: lvppl.EM(by_the_last).fit(
-            torch.tensor([[math.nan, 1.0]]), missing="nan", max_iter=1, progress=False
+            torch.tensor([[math.nan, 1.0], [0.0, 1.0]]),
+            missing="nan",
+            max_iter=1,
+            progress=False,
         ),
     ),
     missing(

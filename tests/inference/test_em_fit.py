@@ -202,7 +202,7 @@ def test_what_a_prompt_shows(fit: Any) -> None:
     """Short, and no tensor's numbers."""
     posterior, evidence = fit.posterior(Y), fit.log_evidence(Y)
     total = f"{float(evidence):.6g} nats"
-    assert repr(evidence) == f"LogEvidence({total}; 8 data of plate data)"
+    assert repr(evidence) == f"LogEvidence(ln p(y) = {total}; 8 data of plate data)"
     assert repr(posterior) == (
         f"ExactPosterior(ln p(y) = {total}; 8 data of plate data; z (8,) of 2 states)"
     )

@@ -285,5 +285,5 @@ def test_rough_data_are_those_whose_variance_is_in_doubt():
     y = torch.tensor([0.1, 0.6, 1.5], dtype=torch.float64)
     found = prior(pareto, y, num_samples=20_000, seed=1)
     assert found.rough.tolist() == [1] and found.flagged.tolist() == [2]
-    assert "for 1 more: the variance" in found.summary()
+    assert "for 1 more: large weights that were not drawn" in found.summary()
     assert prior(pareto, y[:1], num_samples=20_000, seed=1).rough.numel() == 0
