@@ -41,7 +41,7 @@ from torch import distributions as td
 
 from lvppl.errors import ProgramError
 
-__all__ = ["ConjugateLatents", "Nodes", "conjugate_kind"]
+__all__ = ["ConjugateLatents", "Nodes", "centre_and_spread", "conjugate_kind"]
 
 LARGEST_ERROR = 1e-6
 """Of ln Z, relative to 1 + |ln Z|: an integral that rounding may move by more is NaN."""
@@ -231,9 +231,7 @@ class Frame(NamedTuple):
             mean, variance = (v.detach().reshape(-1, size) for v in (prior.mean, prior.variance))
             if kind == "gamma":
                 return Frame(torch.zeros_like(mean[0]), _usable(mean.log().mean(0).exp(), 1.0))
-            centre = _usable(mean.mean(0), 0.0)
-            spread = variance.mean(0) + (mean - centre).square().mean(0)
-            return Frame(centre, _usable(spread.sqrt(), 1.0))
+            return Frame(*centre_and_spread(mean, variance))
 
     def placed(self, points: Tensor) -> Tensor:
         return self.centre + self.unit * points.to(self.unit)
@@ -241,6 +239,13 @@ class Frame(NamedTuple):
     @property
     def log_unit(self) -> Tensor:
         return self.unit.log().sum()
+
+
+def centre_and_spread(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the equal mixture of Gaussians along the first dimension: its mean and deviation."""
+    centre = _usable(mean.mean(0), 0.0)
+    spread = variance.mean(0) + (mean - centre).square().mean(0)
+    return centre, _usable(spread.sqrt(), 1.0)
 
 
 def _usable(values: Tensor, otherwise: float) -> Tensor:

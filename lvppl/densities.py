@@ -70,12 +70,10 @@ def _normals(fn: Any, value: Any) -> Tensor | None:
         return None
     if event_dim == 0 or value.numel() < _WORTH or value.shape != loc.shape:
         return None
-    scale = _unexpanded(scale)
-    squares = ((value - loc) / scale).square_().sum(tuple(range(-event_dim, 0)))
-    events = value[(0,) * (value.dim() - event_dim)].numel()
-    sizes = value.shape[-event_dim:]
-    logs = scale.log().expand(*scale.shape[:-event_dim], *sizes).sum(tuple(range(-event_dim, 0)))
-    return -0.5 * squares - (logs + 0.5 * events * math.log(2 * math.pi))
+    scale, event, dims = _unexpanded(scale), value.shape[-event_dim:], tuple(range(-event_dim, 0))
+    squares = ((value - loc) / scale).square_().sum(dims)
+    logs = scale.log().expand(*scale.shape[:-event_dim], *event).sum(dims)
+    return -0.5 * squares - (logs + 0.5 * event.numel() * math.log(2 * math.pi))
 
 
 def _unexpanded(tensor: Tensor) -> Tensor:

@@ -233,6 +233,7 @@ class ExactPosterior:
         self._states = states_of(graph) if states is None else states
         self._integrated = integrated_of(graph) if integrated is None else integrated
         self.sites, self.integrated = tuple(self._states), tuple(self._integrated)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         # at once: a program that has no posterior is refused here, not at the first question
         value, self._answers = self._solved(self._states)
         self.log_evidence = _record(graph, value)
@@ -272,8 +273,13 @@ class ExactPosterior:
                 f"probabilities of its states are marginals('{site}')."
             )
         latent = self._integrated[site]
-        _, answers = self._solved({site: latent})
-        mean, covariance = latent.moments(answers[site])
+        if site not in self._moments:  # those of a group are found together
+            _, answers = self._solved({site: latent})
+            if isinstance(latent, Gaussian):
+                self._moments |= latent.moments_together(answers[site])
+            else:
+                self._moments[site] = latent.moments(answers[site])
+        mean, covariance = self._moments[site]
         event = latent.site["fn"].event_shape
         plates = mean.shape[:-1]
         return Moments(mean.reshape(plates + event), covariance.reshape(plates + event + event))

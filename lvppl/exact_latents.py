@@ -207,29 +207,25 @@ class Gaussian:
     def query(self, num_draws: int | None = None) -> Tensor | None:
         return self.group.query(num_draws, DRAWS)
 
-    def moments(self, answer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean (*plates, d) and covariance (*plates, d, d); d is the size of the event."""
-        mean, covariance = self.group.moments(answer)[self.variable.name]
-        size = self.site["fn"].event_shape.numel()
-        return (
-            self.variable.value(mean).reshape(*self._plates, size),
-            self.variable.covariance(covariance).reshape(*self._plates, size, size),
-        )
+    def moments_together(self, answer: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every latent of the group, mean (*plates, d) and covariance (*plates, d, d).
+
+        d is the size of the event.
+        """
+        found = {}
+        for name, (mean, covariance) in self.group.moments(answer).items():
+            latent = self.group.variables[name]
+            plates, size = latent.plates, latent.site["fn"].event_shape.numel()
+            found[name] = (
+                latent.value(mean).reshape(*plates, size),
+                latent.covariance(covariance).reshape(*plates, size, size),
+            )
+        return found
 
     def drawn_together(self, answer: Tensor | None, num_draws: int) -> dict[str, Tensor]:
         """Of every latent of the group, (draws, *plates, *event)."""
         found = self.group.drawn(answer, num_draws, DRAWS)
-        return {
-            name: Gaussian(self.group, self.group.variables[name])._placed(x)
-            for name, x in found.items()
-        }
-
-    @property
-    def _plates(self) -> list[int]:
-        return [plate.size for plate in plates_of(self.site)]
-
-    def _placed(self, x: Tensor) -> Tensor:
-        return self.variable.value(x).reshape(len(x), *self._plates, *self.site["fn"].event_shape)
+        return {name: self.group.variables[name].values(x) for name, x in found.items()}
 
 
 # ------------------------------------------------------------------------------------ all of them

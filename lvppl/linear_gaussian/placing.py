@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch import distributions as td
 
+from lvppl.conjugate import centre_and_spread
 from lvppl.observed_part import GaussianPart
 
 __all__ = ["Frame", "Law", "Placed", "gaussian_law"]
@@ -78,14 +79,7 @@ class Placed(Messenger):
                 .reshape(-1, *shape, *fn.event_shape)
                 for v in (law.normal.mean, law.normal.variance)
             )
-            centre = _usable(mean.mean(0), 0.0)
-            spread = variance.mean(0) + (mean - centre).square().mean(0)
-            return Frame(centre, _usable(spread.sqrt(), 1.0))
-
-
-def _usable(values: Tensor, otherwise: float) -> Tensor:
-    usable = values.isfinite() if otherwise == 0 else values.isfinite() & (values > 0)
-    return torch.where(usable, values, otherwise)
+            return Frame(*centre_and_spread(mean, variance))
 
 
 # ------------------------------------------------------------------------------- the law of a site

@@ -51,6 +51,15 @@ class Variable:
         """The value of the site at x, (*kept, size)."""
         return self.frame.centre + self.frame.unit * self.unpacked(x)
 
+    def values(self, x: Tensor) -> Tensor:
+        """At several x, (draws, *kept, size): (draws, *plates, *event)."""
+        return self.value(x).reshape(len(x), *self.plates, *self.site["fn"].event_shape)
+
+    @property
+    def plates(self) -> list[int]:
+        """Sizes of the plates around the site, left to right."""
+        return [plate.size for plate in plates_of(self.site)]
+
     def unpacked(self, x: Tensor) -> Tensor:
         """(..., *kept, size) as (..., *batch, *event) of the site."""
         kept, others = self._order

@@ -94,11 +94,6 @@ def check_annealing(estimator: str, annealing: Any, bootstrap: int | None) -> No
             'bootstrap= is not kept for estimator="ais", whose chains are few. Leave it out, or '
             "take another estimator."
         )
-    if annealing is not None and not hasattr(annealing, "pilot_chains"):
-        raise ProgramError(
-            "annealing must be lvppl.Annealing(...), such as lvppl.Annealing(num_steps=100), got "
-            f"{annealing!r}."
-        )
     if annealing is not None and estimator != "ais":
         raise ProgramError(f'annealing is of estimator="ais", but estimator is {estimator!r}.')
 

@@ -147,6 +147,11 @@ def log_likelihood(
     """
     check_options(estimator, guide, num_samples, batch_size, sample_chunk, bin_width)
     check_annealing(estimator, annealing, bootstrap)
+    if not isinstance(annealing, Annealing | None):
+        raise ProgramError(
+            "annealing must be lvppl.Annealing(...), such as lvppl.Annealing(num_steps=100), got "
+            f"{annealing!r}."
+        )
     check_extras(estimator, num_samples, defensive, bootstrap, trajectory)
     model, guide = with_missing(model, guide, missing)
     rows = check_data(data, missing)

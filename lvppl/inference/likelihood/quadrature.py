@@ -28,7 +28,7 @@ from lvppl.errors import ProgramError
 from lvppl.factor_graph import enumerating
 from lvppl.inference.addressed import AddressedDraws
 from lvppl.inference.likelihood.annealed.path import Path
-from lvppl.inference.likelihood.checks import few
+from lvppl.inference.likelihood.checks import check_weights, few
 from lvppl.seeding import seeded
 
 __all__ = ["Integral", "Unsettled", "integrated"]
@@ -108,6 +108,7 @@ class _Quadrature:
         elements = sum(site["value"].numel() for site in sites)
         budget = _BLOCK.get(draws.device.type, _BLOCK_ACCELERATOR)
         self.at_once = max(1, budget // max(1, elements))
+        check_weights(start.log_weight, 0)
         self.log_weight = start.log_weight.double()
         at = ((draws - self.centre) / self.unit).asinh()
         order = self.log_integrand(at).argsort(0, descending=True)[:_CLIMBERS, :, None]
@@ -123,7 +124,7 @@ class _Quadrature:
             points = self.path.at(part, self.digits.expand(len(part), -1, -1))
             parts.append((points.log_start + points.log_weight).double())
         found = torch.cat(parts) + log_det
-        # far out a program may overflow; near the prior's mass a NaN is an error of the program's
+        # far out a program may overflow; at draws from the prior a NaN was refused
         return torch.where(found.isnan(), -math.inf, found)
 
     def grid(self, low: Tensor, high: Tensor, points: int) -> Tensor:
