@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
+from lvppl.columns import in_columns
 from lvppl.errors import ProgramError, ProgramFailure
 from lvppl.layout import layout_of
 from lvppl.matching import check_same_space, first_index, has_no_density, no_density
@@ -116,13 +117,7 @@ class CheckReport:
             "samplable",
             "computable",
         )
-        cells = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines = in_columns([header, *(_cells(row) for row in self.rows)])
         data = ", ".join(f"'{name}'" for name in self.data_plates)
         lines += [
             "",

@@ -11,6 +11,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from lvppl.columns import in_columns
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -245,16 +247,9 @@ def _aligned(rows: Sequence[GradientRow]) -> str:
         names.remove("reference_bias")
     cells = [[_HEADINGS[name] for name in names]]
     cells += [[_cell(name, getattr(row, name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    text = names.index("size")  # names to the left, numbers to the right
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < text or "bias" in names[i] else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    first = names.index("size")  # names to the left, numbers to the right
+    numbers = [i for i, name in enumerate(names) if i >= first and "bias" not in name]
+    return "\n".join(in_columns(cells, numbers))
 
 
 def _cell(name: str, value: object) -> str:

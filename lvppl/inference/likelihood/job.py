@@ -25,9 +25,7 @@ __all__ = ["Job", "Plan", "in_blocks", "plan_of"]
 Program = Callable[..., Any]
 
 _PROBED = 2**24  # data elements that may go through the program at once to learn its plates
-_BUDGET = {
-    "cpu": 2**22
-}  # elements of observed and latent values in one pass: Python takes a millisecond of each
+_BUDGET = {"cpu": 2**22}  # elements of observed and latent values in one pass
 _BUDGET_ACCELERATOR = 2**26
 _ENOUGH = 20  # draws of a part: then a variance is known to about a third
 _FEW = 256  # samples worth taking together: a guide's encoder runs once for all of them

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lvppl.columns import in_columns
+
 __all__ = ["FORMULA", "MStepTable", "Step"]
 
 
@@ -52,11 +54,7 @@ class MStepTable(Mapping[str, Step]):
                 f", … ({len(step.sites)})" if len(step.sites) > 3 else ""
             )
             rows.append((step.parameter, step.how, step.why or step.form, sites))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
-        return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])
+        return "\n".join(in_columns(rows))
 
 
 FORMULA = {
