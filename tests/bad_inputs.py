@@ -679,6 +679,20 @@ def shared_mean_of_components(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean * torch.tensor([1.0, -1.0])[k], 1.0), obs=y)
 
 
+def bits_in_one_event(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(torch.full((8,), 0.5)).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+def walk_of_one_sequence(y: Tensor) -> None:
+    drift = pyro.param("drift", lambda: torch.tensor(0.1))
+    x = torch.tensor(0.0)
+    for t, value in enumerate(y):
+        x = pyro.sample(f"x_{t}", dist.Normal(x + drift, 1.0))
+        pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=value)
+
+
 def without_latent(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0), obs=y)
@@ -2193,6 +2207,24 @@ TOPICS["Exact evidence and posteriors"] = [
         "Latent 'z' is Gaussian, but 'y' (Bernoulli) depends on it … Give it a guide",
         Y.gt(0.5).float(),
         by=EVIDENCE,
+    ),
+    exact(
+        "a vector of bits in one event, to be summed",
+        bits_in_one_event,
+        "Latent 'z' (Bernoulli) is a vector of 8 discrete elements in one event … "
+        "estimator='exact' … pyro.plate",
+        by=EVIDENCE,
+    ),
+    em(
+        "EM of a walk that is one sequence",
+        "Latent 'x_0' is continuous and belongs to the whole data set … put these into a plate … "
+        "y[None] … lvppl.log_evidence",
+        model=walk_of_one_sequence,
+    ),
+    call(
+        "`annealing` that is a number",
+        lambda _: lvppl.log_likelihood(MODEL, Y, estimator="ais", annealing=100),
+        "annealing must be lvppl.Annealing(...) … got 100",
     ),
     exact(
         "a Gaussian latent that couples the states of all data",

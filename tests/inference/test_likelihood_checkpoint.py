@@ -57,6 +57,20 @@ def assert_same(found, want):
         assert getattr(found, name) == getattr(want, name), name
 
 
+def test_parts_are_kept_without_a_batch_size(tmp_path):
+    """All rows fit one pass: with a checkpoint they come in blocks all the same."""
+    path = tmp_path / "part.pt"
+    with pytest.raises(KeyboardInterrupt):
+        estimate(Watched(stop_at=24), path, batch_size=None)
+    kept = torch.load(path, weights_only=True)["parts"]
+    assert kept and kept[-1]["stop"] == 24
+    going_on = Watched()
+    found = estimate(going_on, path, batch_size=None)
+    want = estimate(Watched(), None, batch_size=None)
+    torch.testing.assert_close(found.log_prob, want.log_prob)
+    assert going_on.starts.isdisjoint(range(1, 24))
+
+
 @pytest.mark.filterwarnings("ignore:k-hat")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_estimate_goes_on(tmp_path, kind):

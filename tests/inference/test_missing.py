@@ -30,6 +30,7 @@ from lvppl.missing import MissingValues, filler, with_missing
 from lvppl.models import MADE, VAE, FactorAnalysis, GaussianMixture, StudentTLikelihood
 from lvppl.observed_part import completed, observed_part
 from lvppl.terms import trace_terms
+from tests.bad_inputs import by_the_last, hurdle
 
 D = 4
 NAN = math.nan
@@ -950,25 +951,6 @@ def test_dreams_and_missing_values_do_not_go_together(phase: str):
 
 
 # ------------------------------------------------------------------- models that decide by a NaN
-
-
-def hurdle(y: Tensor) -> None:
-    """Whether a value is positive, and its size if so: NaN > 0 would say that it is not."""
-    with pyro.plate("data", len(y)):
-        pyro.sample("some", dist.Bernoulli(torch.tensor(0.9)), obs=(y > 0).double())
-        with poutine.mask(mask=y > 0):
-            size = torch.where(y > 0, y, 1.0)
-            pyro.sample("y", dist.LogNormal(torch.tensor(0.0), 1.0), obs=size)
-
-
-def by_the_last(y: Tensor) -> None:
-    """Each step depends on whether the one before was 1."""
-    last = torch.zeros(len(y))
-    with pyro.plate("data", len(y)):
-        for t in range(y.shape[1]):
-            fn = dist.Bernoulli(torch.where(last == 1, 0.9, 0.1))
-            pyro.sample(f"y_{t}", fn, obs=y[:, t])
-            last = y[:, t]
 
 
 STEPS = torch.tensor([[NAN, 1.0], [1.0, 1.0]])
